@@ -1,0 +1,196 @@
+"""The artifact directory: publish atomically, load, verify, lineage.
+
+A stage builds in `<run>/<stage>.partial/` and is renamed to `<run>/<stage>/` when it is whole, so a reader sees a whole
+artifact or none. `manifest.json` is written last and holds the sha256 of every file. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+# What a later stage consumes. Logs, samples and cards hold times and text for people: redoing a stage with the same
+# outcome must not make the stages after it stale.
+PAYLOAD = ("model/", "critic/", "adapter/", "critic_adapter/")
+
+
+def partial_dir(final: Path) -> Path:
+    """Where the artifact at `final` is built."""
+    return final.with_name(final.name + ".partial")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that `path` is the old or the new file, never half of one."""
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, sort_keys=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def hash_files(directory: Path) -> dict[str, str]:
+    """sha256 of every file below `directory` except the manifest and checkpoints, by POSIX path."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+    names = [path.relative_to(directory).as_posix() for path in files]
+    return {
+        name: sha256_file(path)
+        for name, path in zip(names, files, strict=True)
+        if name != MANIFEST and not name.startswith("checkpoints/")
+    }
+
+
+def payload_hash(files: dict[str, str]) -> str:
+    """Identity of what later stages consume: the model files, without cards and logs."""
+    payload = {name: digest for name, digest in files.items() if name.startswith(PAYLOAD) and not name.endswith(".md")}
+    return sha256_json(payload or files)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published stage."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Artifact:
+        """Read the artifact at `path`; see `verify` for its bytes.
+
+        Raises:
+            UserError: nothing there, not finished, or the manifest is damaged or of another schema.
+        """
+        directory = Path(path)
+        if not directory.is_dir():
+            raise UserError(f"artifact {directory}: not there: run `make {directory.name}` first, or check the path")
+        try:
+            manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"artifact {directory}: no {MANIFEST}: not a finished stage; redo it with FORCE=1") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"artifact {directory}: {MANIFEST} is damaged ({error}): redo it with FORCE=1") from None
+        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"artifact {directory}: schema_version {version!r}, this code reads {SCHEMA_VERSION}: redo it with FORCE=1"
+            )
+        return cls(directory, manifest)
+
+    @property
+    def model_dir(self) -> Path:
+        """Folder that `from_pretrained` loads."""
+        return self.path / "model"
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage that made it."""
+        return str(self.manifest["stage"])
+
+    @property
+    def hash(self) -> str:
+        """Identity of what later stages consume."""
+        return str(self.manifest["payload_hash"])
+
+    def metrics(self) -> pandas.DataFrame:
+        """Rows of metrics.jsonl, one per logged step; keys as in docs/metrics.md."""
+        import pandas
+
+        path = self.path / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return pandas.DataFrame(rows)
+
+    def samples(self) -> pandas.DataFrame:
+        """Rows of samples.jsonl: step, prompt, response, score, kl, length, has_eos and ids."""
+        import pandas
+
+        path = self.path / "samples.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return pandas.DataFrame(rows)
+
+    def verify(self) -> None:
+        """Compare every file with the manifest.
+
+        Raises:
+            UserError: a file is missing, truncated or changed; names the first one.
+        """
+        for name, digest in self.manifest["files"].items():
+            path = self.path / name
+            if not path.is_file():
+                raise UserError(f"artifact {self.path}: {name} is missing: redo the stage with FORCE=1")
+            actual = sha256_file(path)
+            if actual != digest:
+                raise UserError(
+                    f"artifact {self.path}: {name} is damaged (sha256 {actual[:12]}, manifest {digest[:12]}): "
+                    "redo the stage with FORCE=1"
+                )
+
+
+def finish(partial: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Prune checkpoints, hash the files of `partial` and write its manifest: from here on it is whole."""
+    shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+    files = hash_files(partial)
+    for name in files:
+        _fsync(partial / name)
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        **manifest,
+        "payload_hash": payload_hash(files),
+        "files": files,
+    }
+    write_json(partial / MANIFEST, manifest)
+    return manifest
+
+
+def publish(partial: Path, final: Path) -> Artifact:
+    """Put the whole `partial` in the place of `final`; an old artifact there goes only once the new one stands."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(partial, final)
+    _fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return Artifact.load(final)
+
+
+def recover(final: Path) -> None:
+    """Finish what a crash during `publish` left: a whole `.partial`, or an `.old` whose place is empty."""
+    partial, old = partial_dir(final), final.with_name(final.name + ".old")
+    if (partial / MANIFEST).is_file():
+        publish(partial, final)
+    elif old.is_dir() and not final.exists():
+        os.rename(old, final)
+    elif old.is_dir():
+        shutil.rmtree(old)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,19 @@
+"""Data: recipes, sources, formats, splits, and the one renderer of all stages."""
+
+from rlhf.data.formats import FORMATS, KIND_COLUMNS, Prompt
+from rlhf.data.pipeline import DATA_VERSION, data_fingerprint, load_rows
+from rlhf.data.recipe import DATA_RECIPES_DIR, DataRecipe, load_data_recipe
+from rlhf.data.render import Renderer
+
+__all__ = [
+    "DATA_RECIPES_DIR",
+    "DATA_VERSION",
+    "FORMATS",
+    "KIND_COLUMNS",
+    "DataRecipe",
+    "Prompt",
+    "Renderer",
+    "data_fingerprint",
+    "load_data_recipe",
+    "load_rows",
+]

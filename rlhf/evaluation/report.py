@@ -1,0 +1,246 @@
+"""The report a person reads after a run: one table, one picture, a few samples side by side."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf.errors import UserError
+from rlhf.evaluation.compare import PolicySamples
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PICTURE_NAME = "comparison.png"
+REPORT_NAME = "report.md"
+NUM_SAMPLES = 8
+
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&])")
+
+
+def comparison_table(result: Mapping[str, Any]) -> str:
+    """Markdown table of `compare`'s result, aligned so that it reads well in a terminal.
+
+    One row per measure; a column per policy, and one per policy after the first with its change against the first.
+    Brackets hold 95 % bootstrap intervals over prompts.
+    """
+    metrics, first, *others = result["metrics"], *result["policies"]
+    header = ["measure", display_name(first)]
+    for name in others:
+        header += [display_name(name), "change" if len(others) == 1 else f"change of {display_name(name)}"]
+    rows = []
+    for label, key, delta, digits in _table_measures(result["scores"]):
+        row = [label, _with_interval(metrics, f"{first}/{key}", digits)]
+        for name in others:
+            row.append(_with_interval(metrics, f"{name}/{key}", digits))
+            row.append(_with_interval(metrics, f"{name}_vs_{first}/{delta}", digits, sign="+"))
+        rows.append(row)
+    row = ["distinct-2", f"{metrics[f'{first}/distinct_2']:.3f}"]
+    for name in others:
+        row += [f"{metrics[f'{name}/distinct_2']:.3f}", f"x {metrics[f'{name}_vs_{first}/distinct_2_ratio']:.2f}"]
+    rows.append(row)
+    for score in result["scores"]:
+        row = [f"win rate over {display_name(first)} by {score}", "-"]
+        for name in others:
+            row += [_with_interval(metrics, f"{name}_vs_{first}/win_rate_{score}", 3), "-"]
+        rows.append(row)
+    return _aligned([header, *rows])
+
+
+def plot_comparison(
+    result: Mapping[str, Any],
+    samples: Sequence[PolicySamples],
+    history: pd.DataFrame | None,
+    path: str | os.PathLike[str],
+    *,
+    judge: str | None = None,
+) -> Path:
+    """Draws "what PPO changed" into one PNG.
+
+    Left, the judge's scores of all responses by policy; middle, what the KL bought during PPO; right, win rate with
+    its interval, length, EOS rate and distinct-2.
+
+    Args:
+        result: from `compare`.
+        samples: what `compare` was given.
+        history: PPO's metrics, one row per step, with `ppo_step`, `objective/kl` and `objective/scores`, and where
+            there were evaluations `eval/kl` and `eval/scores` (rows without one hold NaN). None, or a table without
+            these columns, leaves the panel empty with a note.
+        path: of the PNG; its folder must exist.
+        judge: score of the left panel and the win rate; None means `judge` where there is one, else the last score.
+
+    Raises:
+        UserError: `judge` is not among the scores, or there are none.
+    """
+    # The object API with its own canvas: pyplot's global state would choose a backend and leak figures.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from rlhf.evaluation import _panels
+
+    judge = main_judge(result["scores"], judge)
+    figure = Figure(figsize=(14.5, 4.9), dpi=130, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06, wspace=0.02)
+    outer = figure.add_gridspec(1, 3, width_ratios=[1.05, 1.0, 1.0])
+    _panels.score_histograms(figure.add_subplot(outer[0]), samples, judge)
+    _panels.reward_against_kl(figure.add_subplot(outer[1]), history)
+    _panels.summary_bars(figure, outer[2], result, judge)
+    names = [display_name(name) for name in result["policies"]]
+    figure.suptitle(
+        f"What {' and '.join(names[1:])} changed against {names[0]}"
+        f"  ({result['num_prompts']:,} held-out prompts)",
+        fontsize=14,
+        fontweight="bold",
+    )
+    figure.savefig(path, metadata={"Software": None})
+    return Path(path)
+
+
+def write_report(
+    directory: str | os.PathLike[str],
+    result: Mapping[str, Any],
+    samples: Sequence[PolicySamples],
+    history: pd.DataFrame | None = None,
+    *,
+    judge: str | None = None,
+    seed: int = 0,
+) -> Path:
+    """Writes `report.md` and `comparison.png` into a directory, which is made if need be.
+
+    Args:
+        directory: where to write.
+        result, samples, history, judge: as for `plot_comparison`.
+        seed: of the choice of random samples.
+
+    Returns:
+        The path of `report.md`.
+
+    Raises:
+        UserError: as `plot_comparison`.
+    """
+    judge = main_judge(result["scores"], judge)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    plot_comparison(result, samples, history, directory / PICTURE_NAME, judge=judge)
+    first, last = display_name(result["policies"][0]), display_name(result["policies"][-1])
+    text = "\n".join(
+        [
+            f"# {last} against {first}",
+            "",
+            f"{result['num_responses']:,} responses to {result['num_prompts']:,} held-out prompts. "
+            "Brackets hold 95 % bootstrap intervals over prompts; a tie counts as half a win.",
+            "",
+            comparison_table(result),
+            "",
+            f"![What {last} changed against {first}]({PICTURE_NAME})",
+            "",
+            "## Samples",
+            "",
+            f"The two prompts on which {last} gains most by `{judge}`, the two on which it loses most, and some "
+            "drawn at random.",
+            "",
+            *_sample_table(samples[0], samples[-1], judge, seed),
+            "",
+        ]
+    )
+    path = directory / REPORT_NAME
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def pick_samples(before: Sequence[float], after: Sequence[float], seed: int = 0) -> list[tuple[int, str]]:
+    """Indices of up to eight responses to show, each once, with the reason: best, worst or random.
+
+    Args:
+        before: [N] judge scores of the baseline.
+        after: [N] judge scores of the policy on the same prompts.
+        seed: of the random ones.
+
+    Returns:
+        The two largest gains (largest first), the two largest losses (largest first), and random others.
+    """
+    gains = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    ascending = np.argsort(gains, kind="stable").tolist()
+    best = ascending[::-1][:2]
+    worst = [index for index in ascending if index not in best][:2]
+    rest = [index for index in range(len(gains)) if index not in {*best, *worst}]
+    random = np.random.default_rng(seed).permutation(rest)[: NUM_SAMPLES - len(best) - len(worst)].tolist()
+    reasons = [("best", best), ("worst", worst), ("random", random)]
+    return [(int(index), reason) for reason, indices in reasons for index in indices]
+
+
+def escape_markdown(text: str) -> str:
+    """Makes a model's text show as it is inside a table cell: no markup, no new cells, line breaks kept."""
+    escaped = _MARKDOWN_SPECIAL.sub(r"\\\1", text)
+    return "<br>".join(escaped.splitlines())
+
+
+def display_name(name: str) -> str:
+    """Policy name for people: the acronyms of our stages in capitals, others as they are."""
+    return name.upper() if name in {"sft", "ppo"} else name
+
+
+def main_judge(scores: Sequence[str], judge: str | None = None) -> str:
+    """The score that picture and samples go by: the one asked for, else `judge`, else the last.
+
+    Raises:
+        UserError: no scores, or the one asked for is not among them.
+    """
+    if judge is None and scores:
+        return "judge" if "judge" in scores else scores[-1]
+    if judge not in scores:
+        raise UserError(f"report: judge {judge!r} is not among the scores {list(scores)}; name one of them")
+    return judge
+
+
+def _table_measures(scores: Sequence[str]) -> list[tuple[str, str, str, int]]:
+    """(label, metric key, key of the change, digits) of the averaged measures, in the table's order."""
+    rows = [(f"{score}, mean", f"{score}_mean", f"{score}_delta", 3) for score in scores]
+    return [
+        *rows,
+        ("KL to reference, nats per response", "kl_mean", "kl_delta", 2),
+        ("length, tokens", "length_mean", "length_delta", 1),
+        ("EOS rate", "eos_rate", "eos_rate_delta", 3),
+    ]
+
+
+def _with_interval(metrics: Mapping[str, float], key: str, digits: int, sign: str = "-") -> str:
+    value, low, high = (metrics[key + suffix] for suffix in ("", "_low", "_high"))
+    shown = [f"{number:z{'+' if sign == '+' else ''}.{digits}f}" for number in (value, low, high)]
+    return shown[0] if low == high else f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def _sample_table(baseline: PolicySamples, policy: PolicySamples, judge: str, seed: int) -> list[str]:
+    before, after = baseline.scores[judge], policy.scores[judge]
+    first, last = display_name(baseline.name), display_name(policy.name)
+    lines = [f"| | prompt | {first} | {last} | {judge}: {first} -> {last} |", "|---|---|---|---|---|"]
+    for index, reason in pick_samples(before, after, seed):
+        texts = [baseline.prompts[index], baseline.responses[index], policy.responses[index]]
+        cells = " | ".join(escape_markdown(text) for text in texts)
+        lines.append(f"| {reason} | {cells} | {before[index]:.2f} -> {after[index]:.2f} |")
+    return lines
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown table, first column to the left and numbers to the right, padded to equal widths."""
+    widths = [max(3, *(_width(row[column]) for row in rows)) for column in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        gaps = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [row[0] + gaps[0], *(gap + cell for cell, gap in zip(row[1:], gaps[1:], strict=True))]
+        return f"| {' | '.join(cells)} |"
+
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return "\n".join([line(rows[0]), f"|{rule}|", *map(line, rows[1:])])
+
+
+def _width(text: str) -> int:
+    """Columns that a text takes in a terminal: East Asian wide characters take two."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

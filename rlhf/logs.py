@@ -1,0 +1,156 @@
+"""metrics.jsonl and samples.jsonl, always; TensorBoard, wandb and trackio by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.errors import UserError
+from rlhf.metrics import check_keys
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from rlhf.ppo.rollout import Rollout
+
+logger = logging.getLogger(__name__)
+
+TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise before anything runs when a tracker's package is missing.
+
+    Raises:
+        UserError: naming the tracker and how to get it.
+    """
+    from importlib.util import find_spec
+
+    for name in names:
+        if find_spec(TRACKER_PACKAGES[name]) is None:
+            raise UserError(
+                f"logging.report_to: {name} is not installed: pip install {name}, or override logging.report_to=[]"
+            )
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON object and flush it. NaN and infinity become null: JSON has neither."""
+    clean = {key: _finite(value) for key, value in row.items()}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rewind_rows(path: Path, key: str, last: int) -> None:
+    """Drop rows after step `last`: a resumed run writes them again. A half-written last line goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row.get(key, 0) <= last:
+            kept.append(line)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    tmp.replace(path)
+
+
+class MetricsWriter:
+    """Logs of a PPO run. Only rank 0 writes.
+
+    Args:
+        directory: where metrics.jsonl and samples.jsonl go.
+        accelerator: with its trackers initialised.
+        samples: number of fixed and of random samples each time.
+        shown: metric keys of the progress line.
+    """
+
+    def __init__(self, directory: Path, accelerator: Accelerator, total_steps: int, samples: int) -> None:
+        from tqdm.auto import tqdm
+
+        self.directory, self.accelerator, self.samples = directory, accelerator, samples
+        self.bar = tqdm(total=total_steps, desc="ppo", unit="step", disable=not accelerator.is_main_process)
+
+    def write(self, row: dict[str, float]) -> None:
+        """One row of metrics.jsonl, and the same to the trackers."""
+        check_keys(row)
+        self.accelerator.log({k: v for k, v in row.items() if k != "ppo_step"}, step=int(row["ppo_step"]))
+        if not self.accelerator.is_main_process:
+            return
+        append_row(self.directory / "metrics.jsonl", row)
+        self.bar.set_postfix_str(
+            f"score {row['objective/scores']:+.2f} kl {row['objective/kl']:.1f} "
+            f"length {row['rollout/response_length']:.0f} eos {row['rollout/eos_rate']:.0%}",
+            refresh=False,
+        )
+        self.bar.update(int(row["ppo_step"]) - self.bar.n)
+
+    def write_samples(self, step: int, rollout: Rollout, fixed: Rollout | None) -> None:
+        """Rows of samples.jsonl: the fixed prompts of the last evaluation, and some of this step's."""
+        if not self.accelerator.is_main_process:
+            return
+        for source, kind in ((fixed, "fixed"), (rollout, "random")):
+            if source is not None:
+                for row in range(min(self.samples, len(source.prompts))):
+                    append_row(self.directory / "samples.jsonl", {"step": step, "kind": kind} | sample_row(source, row))
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after ppo_step `step`."""
+        if self.accelerator.is_main_process:
+            rewind_rows(self.directory / "metrics.jsonl", "ppo_step", step)
+            rewind_rows(self.directory / "samples.jsonl", "step", step)
+        self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        """Flush the trackers and the progress bar."""
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+def sample_row(rollout: Rollout, row: int) -> dict[str, Any]:
+    """One response as samples.jsonl holds it; ids unpadded, KL in nats per response."""
+    keep = rollout.response_mask[row]
+    kl = (rollout.logprobs[row] - rollout.ref_logprobs[row])[keep].sum()
+    return {
+        "prompt": rollout.prompts[row],
+        "prompt_ids": rollout.prompt_ids[row][rollout.prompt_mask[row].bool()].tolist(),
+        "response": rollout.responses[row],
+        "response_ids": rollout.response_ids[row][keep].tolist(),
+        "score": round(float(rollout.scores[row]), 4),
+        "kl": round(float(kl), 4),
+        "length": int(keep.sum()),
+        "has_eos": bool(rollout.finished[row]),
+    }
+
+
+def trainer_callback(directory: Path) -> Any:
+    """A transformers TrainerCallback that writes metrics.jsonl (imported late: only the trained stages need it)."""
+    from transformers import TrainerCallback
+
+    class JsonlCallback(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                rewind_rows(directory / "metrics.jsonl", "step", state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if state.is_world_process_zero and logs:
+                row = {"step": state.global_step} | {name_of(key): value for key, value in logs.items()}
+                check_keys(row)
+                append_row(directory / "metrics.jsonl", row)
+
+    return JsonlCallback()
+
+
+def name_of(key: str) -> str:
+    """Metric key of a key that transformers' Trainer logs: clock-dependent ones go under `perf/`."""
+    clock = ("runtime", "samples_per_second", "steps_per_second", "total_flos")
+    return f"perf/{key}" if key.endswith(clock) else key

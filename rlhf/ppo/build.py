@@ -1,0 +1,274 @@
+"""From artifacts to the modules that PPO trains, and from trained tensors back to artifacts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.artifacts import Artifact
+from rlhf.errors import UserError
+from rlhf.functions import load_function
+from rlhf.models import (
+    ActorCritic,
+    Scorer,
+    check_saved,
+    compute_dtype,
+    load_model,
+    lora_config,
+    new_reward_model,
+    response_logprobs,
+    save_model,
+)
+from rlhf.ppo.rewards import FunctionScore, ModelScore, ScoreSource
+from rlhf.ppo.rollout import Batch
+from rlhf.stage import StageContext
+
+
+# ------------------------------------------------------------------------------------------------------ what is trained
+def build_actor_critic(ctx: StageContext) -> ActorCritic:
+    """Policy and critic from the SFT and reward artifacts, ready for `accelerator.prepare`."""
+    config, sft = ctx.recipe.ppo, ctx.inputs["sft"]
+    if ctx.recipe.uses_peft("ppo"):
+        model = _build_lora(ctx)
+    else:
+        policy = load_model(sft.model_dir, **_attention(ctx))
+        if config.critic == "shared":
+            model = ActorCritic(policy, None, value_head(policy, ctx.seed))
+        else:
+            model = ActorCritic(policy, _build_critic(ctx), None)
+    # Sampling is described by the recipe; the base's own top-k or repetition penalty would make another policy.
+    model.policy.generation_config = GenerationConfig()
+    if config.gradient_checkpointing:
+        for part in (model.policy, model.critic):
+            if part is not None:
+                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                part.train()  # transformers recomputes in train mode only; dropout is off all the same
+    return model
+
+
+def _attention(ctx: StageContext) -> dict[str, str]:
+    name = ctx.recipe.model.attn_implementation
+    return {"attn_implementation": name} if name else {}
+
+
+def value_head(model: nn.Module, seed: int) -> nn.Linear:
+    """A fresh head on a trunk, drawn from N(0, 1/(d+1)) (N+)."""
+    width = model.config.get_text_config().hidden_size
+    head = nn.Linear(width, 1, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) * (width + 1) ** -0.5)
+    return head
+
+
+def critic_source(ctx: StageContext) -> Artifact | None:
+    """The reward artifact that the critic starts from; None = the SFT model with a fresh head."""
+    if ctx.recipe.ppo.critic_init == "sft":
+        return None
+    return next(ctx.inputs[source.artifact] for source in ctx.recipe.ppo.rewards if source.artifact)
+
+
+def _build_critic(ctx: StageContext) -> PreTrainedModel:
+    source = critic_source(ctx)
+    if source is None:
+        return new_reward_model(ctx.inputs["sft"].model_dir, ctx.seed)
+    critic = load_model(source.model_dir, "score", **_attention(ctx))
+    with torch.no_grad():  # scores are divided by the std before PPO sees them: values are on that scale too
+        critic.score.weight /= source.manifest["reward_statistics"]["std"]
+    return critic
+
+
+def _build_lora(ctx: StageContext) -> ActorCritic:
+    """Adapters "policy", "critic" and one per reward model on one copy of the SFT model; all off = the reference."""
+    from peft import get_peft_model
+
+    config, peft = ctx.recipe.ppo, ctx.recipe.peft
+    base = load_model(ctx.inputs["sft"].model_dir, dtype=compute_dtype(ctx.recipe), **_attention(ctx))
+    torch.manual_seed(ctx.seed)  # adapters are drawn at random, the same on every rank
+    policy = get_peft_model(base, lora_config(peft, "CAUSAL_LM", dropout=False), adapter_name="policy")
+    head = value_head(base, ctx.seed)
+    heads = nn.ModuleDict()
+    if config.critic == "separate":
+        source = critic_source(ctx)
+        if source is None:
+            policy.add_adapter("critic", lora_config(peft, "CAUSAL_LM", dropout=False))
+        else:
+            weight = load_reward_adapter(policy, source, "critic")
+            with torch.no_grad():
+                head.weight.copy_(weight / source.manifest["reward_statistics"]["std"])
+    for name, artifact in shared_rewards(ctx).items():
+        heads[name] = nn.Linear(head.in_features, 1, bias=False)
+        with torch.no_grad():
+            heads[name].weight.copy_(load_reward_adapter(policy, artifact, name))
+    model = ActorCritic(policy, None, head)
+    model.reward_heads = heads
+    for name, parameter in model.named_parameters():
+        trained = ".policy." in name or ".critic." in name
+        parameter.requires_grad_(name.startswith("value_head") or (trained and "lora_" in name))
+    return model
+
+
+def shared_rewards(ctx: StageContext) -> dict[str, Artifact]:
+    """Reward artifacts that are adapters of this run's SFT model, by adapter name."""
+    if not ctx.recipe.uses_peft("ppo"):
+        return {}
+    found = {}
+    for number, source in enumerate(ctx.recipe.ppo.rewards):
+        artifact = ctx.inputs[source.artifact] if source.artifact else None
+        if artifact and is_adapter_of(artifact, ctx.inputs["sft"]):
+            found[f"reward{number}"] = artifact
+    return found
+
+
+def is_adapter_of(artifact: Artifact, sft: Artifact) -> bool:
+    """Whether a reward artifact holds an adapter that was trained on exactly this SFT model."""
+    return (artifact.path / "adapter").is_dir() and artifact.manifest["inputs"].get("sft") == sft.hash
+
+
+def load_reward_adapter(policy: Any, artifact: Artifact, name: str) -> Tensor:
+    """Add a reward artifact's adapter to the causal LM as `name`; returns its score head's weight [1,D].
+
+    Raises:
+        UserError: the artifact has no adapter.
+    """
+    from peft import PeftConfig, set_peft_model_state_dict
+
+    directory = artifact.path / "adapter"
+    if not directory.is_dir():
+        raise UserError(
+            f"artifact {artifact.path}: was trained with full weights, and a LoRA critic starts from an adapter: add "
+            "`reward` to peft.stages, or set ppo.critic_init: sft"
+        )
+    config = PeftConfig.from_pretrained(str(directory))
+    config.task_type, config.modules_to_save, config.lora_dropout = "CAUSAL_LM", None, 0.0
+    policy.add_adapter(name, config)
+    state = load_file(directory / "adapter_model.safetensors")
+    head = state.pop(next(key for key in state if key.endswith("score.weight")))
+    result = set_peft_model_state_dict(policy, state, adapter_name=name)
+    if result.unexpected_keys:
+        raise RuntimeError(f"{directory}: adapter tensors without a place: {result.unexpected_keys[:3]}")
+    return head
+
+
+# --------------------------------------------------------------------------------------------------- what is only read
+class Reference:
+    """Log-probabilities of responses under the SFT model: a frozen copy, or the same model with adapters off."""
+
+    def __init__(self, ctx: StageContext, model: nn.Module, accelerator: Accelerator) -> None:
+        self.temperature = ctx.recipe.ppo.temperature
+        self.model = model
+        self.frozen: nn.Module | None = None
+        if not ctx.recipe.uses_peft("ppo"):
+            dtype = compute_dtype(ctx.recipe)
+            frozen = load_model(ctx.inputs["sft"].model_dir, dtype=dtype, **_attention(ctx))
+            self.frozen = frozen.to(accelerator.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """[b,R'] in nats."""
+        if self.frozen is None:
+            return self.model(batch.input_ids, batch.attention_mask, batch.length, self.temperature, mode="reference")
+        return response_logprobs(
+            self.frozen, batch.input_ids, batch.attention_mask, batch.length, self.temperature, entropy=False
+        )[0]
+
+
+def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator) -> list[ScoreSource]:
+    """The recipe's reward sources in order."""
+    shared = shared_rewards(ctx)
+    sources: list[ScoreSource] = []
+    for number, source in enumerate(ctx.recipe.ppo.rewards):
+        if source.function is not None:
+            name = source.function.rpartition(":")[2]
+            sources.append(FunctionScore(_unique(name, sources), source.weight, load_function(source.function)))
+            continue
+        artifact = ctx.inputs[source.artifact]
+        statistics = artifact.manifest["reward_statistics"]
+        forward = _shared_forward(model, f"reward{number}") if f"reward{number}" in shared else None
+        if forward is None:
+            forward = _frozen_forward(ctx, artifact, accelerator)
+        name = _unique(Path(source.artifact).name, sources)
+        sources.append(ModelScore(name, source.weight, forward, statistics["mean"], statistics["std"]))
+    return sources
+
+
+def _unique(name: str, sources: list[ScoreSource]) -> str:
+    taken = {source.name for source in sources}
+    return name if name not in taken else f"{name}_{len(sources)}"
+
+
+def _shared_forward(model: nn.Module, name: str) -> Any:
+    return lambda batch: model(batch.input_ids, batch.attention_mask, batch.length, 1.0, mode=f"reward:{name}")
+
+
+def _frozen_forward(ctx: StageContext, artifact: Artifact, accelerator: Accelerator) -> Any:
+    reward = load_model(artifact.model_dir, "score", dtype=compute_dtype(ctx.recipe))
+    scorer = Scorer(reward).to(accelerator.device).eval().requires_grad_(False)
+    return lambda batch: scorer(batch.input_ids, batch.attention_mask)
+
+
+# -------------------------------------------------------------------------------------------------------------- publish
+def publish_models(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor]) -> None:
+    """Write `model/`, `critic/` (and `adapter/`) from trained tensors, on CPU, on rank 0, and check what was written.
+
+    Built from the inputs and the tensors alone, so that it does not matter how the training was sharded.
+    """
+    lora = ctx.recipe.uses_peft("ppo")
+    policy = _merge_lora(ctx, state, "policy", "causal", ctx.dir / "adapter") if lora else _full_policy(ctx, state)
+    save_model(policy, tokenizer, ctx.dir / "model")
+    check_saved(policy, ctx.dir / "model", "causal")
+    critic = _published_critic(ctx, state, policy)
+    save_model(critic, tokenizer, ctx.dir / "critic")
+    check_saved(critic, ctx.dir / "critic", "score")
+
+
+def _full_policy(ctx: StageContext, state: dict[str, Tensor]) -> PreTrainedModel:
+    policy = load_model(ctx.inputs["sft"].model_dir)
+    _load(policy, state, "policy.")
+    return policy
+
+
+def _published_critic(ctx: StageContext, state: dict[str, Tensor], policy: PreTrainedModel) -> PreTrainedModel:
+    sft = ctx.inputs["sft"].model_dir
+    if any(name.startswith("critic.") for name in state):
+        critic = load_model(sft, "score")
+        _load(critic, state, "critic.")
+        return critic
+    if any(".critic." in name for name in state):
+        critic = _merge_lora(ctx, state, "critic", "score", None)
+    else:  # shared trunk: the policy's
+        critic = load_model(ctx.dir / "model", "score")
+    with torch.no_grad():
+        critic.score.weight.copy_(state["value_head.weight"])
+    return critic
+
+
+def _merge_lora(ctx: StageContext, state: dict[str, Tensor], name: str, kind: Any, adapter: Path | None) -> Any:
+    """The SFT model in float32 with adapter `name` folded in; writes the adapter too if asked."""
+    from peft import get_peft_model
+
+    base = load_model(ctx.inputs["sft"].model_dir, kind)
+    task = "CAUSAL_LM" if kind == "causal" else "SEQ_CLS"
+    config = lora_config(ctx.recipe.peft, task, dropout=False)
+    config.modules_to_save = None
+    model = get_peft_model(base, config)
+    part = {key.replace(f".{name}.", ".default."): value for key, value in state.items() if f".{name}." in key}
+    _load(model, part, "policy.", adapters_only=True)
+    if adapter is not None:
+        model.save_pretrained(adapter)
+    return model.merge_and_unload()
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], prefix: str, adapters_only: bool = False) -> None:
+    """Load the tensors below `prefix`; every trained tensor must find its place and every place its tensor."""
+    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    result = model.load_state_dict(part, strict=False)
+    named = dict(model.named_parameters())  # a tied weight appears once here, and needs one tensor
+    missing = [key for key in named if key in result.missing_keys and ("lora_" in key or not adapters_only)]
+    if result.unexpected_keys or missing:
+        raise RuntimeError(f"trained tensors do not fit: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")

@@ -1,0 +1,128 @@
+"""Scores of responses: reward artifacts and Python callables, weighted and aggregated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rlhf.functions import TextFunction, call_text_function
+from rlhf.models import last_position
+from rlhf.ppo.rollout import Batch, Rollout, micro_batches, my_share
+
+
+class ScoreSource(Protocol):
+    """One source of scores."""
+
+    name: str
+    weight: float
+
+    def score(self, rollout: Rollout, max_tokens: int, accelerator: Accelerator) -> Tensor:
+        """Scores [B] float32, the same on every rank."""
+        ...
+
+
+class ModelScore:
+    """A reward model's score at the last response token, shifted and scaled by its statistics on SFT samples.
+
+    Args:
+        name: shown in metrics.
+        weight: see `ppo.rewards`.
+        forward: batch -> score at every position [b,P'+R'].
+        mean, std: of the raw score on SFT samples, from the artifact's manifest: SFT responses then average 0 (N+).
+    """
+
+    def __init__(
+        self, name: str, weight: float, forward: Callable[[Batch], Tensor], mean: float = 0.0, std: float = 1.0
+    ) -> None:
+        self.name, self.weight, self.forward, self.mean, self.std = name, weight, forward, mean, std
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, max_tokens: int, accelerator: Accelerator) -> Tensor:
+        """See `ScoreSource`."""
+        rows = rollout.response_mask.shape[0]
+        result = torch.zeros(rows, device=rollout.response_mask.device)
+        for batch, counts in micro_batches(rollout, range(rows), max_tokens, accelerator):
+            scores = last_position(self.forward(batch), batch.attention_mask)
+            if counts:
+                result[batch.index] = (scores - self.mean) / self.std
+        return accelerator.reduce(result, "sum")
+
+
+class FunctionScore:
+    """A callable of prompts and responses (and dataset columns that it asks for by name)."""
+
+    def __init__(self, name: str, weight: float, function: TextFunction) -> None:
+        self.name, self.weight, self.function = name, weight, function
+
+    def score(self, rollout: Rollout, max_tokens: int, accelerator: Accelerator) -> Tensor:
+        """See `ScoreSource`. Each rank scores its share of the responses."""
+        share = my_share(len(rollout.prompts), accelerator)
+        columns = {name: values[share] for name, values in rollout.columns.items()}
+        mine = call_text_function(self.function, rollout.prompts[share], rollout.responses[share], columns)
+        device = rollout.response_mask.device
+        return accelerator.gather(torch.tensor(mine, dtype=torch.float32, device=device))
+
+
+class RunningMoments:
+    """Mean and variance of all scores seen, for `normalize_scores` (Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.var = 0, 0.0, 1.0
+
+    def update(self, scores: Tensor) -> None:
+        """Take in a batch [B]."""
+        n, mean, var = scores.numel(), float(scores.mean()), float(scores.var(unbiased=False))
+        total = self.count + n
+        delta = mean - self.mean
+        self.var = (self.var * self.count + var * n) / total + delta**2 * self.count * n / total**2
+        self.mean += delta * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Standard deviation, at least 1e-6."""
+        return max(self.var**0.5, 1e-6)
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain JSON."""
+        return {"count": self.count, "mean": self.mean, "var": self.var}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore `state_dict`."""
+        self.count, self.mean, self.var = int(state["count"]), state["mean"], state["var"]
+
+
+def aggregate(scores: list[Tensor], weights: list[float], how: str) -> Tensor:
+    """One score [B] from weighted sources [B]: their sum, mean, or the worst of them."""
+    weighted = torch.stack([weight * score for weight, score in zip(weights, scores, strict=True)])
+    if how == "sum":
+        return weighted.sum(dim=0)
+    return weighted.mean(dim=0) if how == "mean" else weighted.amin(dim=0)
+
+
+def shape_scores(
+    scores: Tensor,
+    finished: Tensor,
+    running: RunningMoments | None,
+    score_clip: float | None,
+    missing_eos_penalty: float | None,
+    missing_eos_mode: str,
+) -> Tensor:
+    """Normalise, clip, then the missing-EOS rule: what PPO maximises [B].
+
+    The rule comes last, so that "replace" means score = -penalty whatever the scale of the reward model.
+    """
+    if running is not None:
+        scores = scores / running.std
+    if score_clip is not None:
+        scores = scores.clamp(-score_clip, score_clip)
+    if missing_eos_penalty is None:
+        return scores
+    penalised = -missing_eos_penalty * torch.ones_like(scores)
+    if missing_eos_mode == "subtract":
+        penalised = scores - missing_eos_penalty
+    return torch.where(finished, scores, penalised)

@@ -1,0 +1,215 @@
+"""The Rollout: what one ppo_step samples, and how it is filled in: sample, score, value.
+
+Every rank holds the whole global rollout (ids and a few numbers per token: small) and computes its share of the
+forwards. Whitening, mini-batches and metrics are then global by construction: one process and eight do the same run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf.models import Outputs
+from rlhf.ppo.generation import Generated, Generator
+from rlhf.ppo.generation.plain import left_pad
+from rlhf.ppo.packing import plan_micro_batches
+
+
+@dataclass
+class Rollout:
+    """B episodes of all ranks. Shapes: P prompt tokens (left-padded), R response tokens (right-padded).
+
+    Attributes:
+        prompt_ids, prompt_mask: [B,P]; mask 1 = real token.
+        response_ids, response_mask: [B,R]; bool mask, True = counts, EOS included.
+        finished: [B] bool; False = cut at the length limit.
+        sampler_logprobs: [B,R] as the generator computed them.
+        logprobs, ref_logprobs, values, entropy: [B,R] from the training forward, before any update.
+        raw_scores: per reward source [B]; scores: [B] what PPO maximises.
+        prompts, responses: text, for reward functions and people.
+        columns: extra dataset columns, by name.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    finished: Tensor
+    sampler_logprobs: Tensor
+    prompts: list[str]
+    responses: list[str]
+    columns: dict[str, list]
+    logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
+    ref_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+    entropy: Tensor = field(default_factory=lambda: torch.empty(0))
+    raw_scores: dict[str, Tensor] = field(default_factory=dict)
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens of prompt and response [B]."""
+        return self.prompt_mask.sum(1) + self.response_mask.sum(1)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The given rows with padding trimmed to what they need."""
+        index = torch.tensor(rows, device=self.prompt_ids.device)
+        prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
+        width = int(prompt_mask.sum(1).max())
+        length = int(response_mask.sum(1).max())
+        ids = [self.prompt_ids[index][:, -width:], self.response_ids[index][:, :length]]
+        mask = [prompt_mask[:, -width:], response_mask[:, :length].long()]
+        return Batch(index, torch.cat(ids, dim=1), torch.cat(mask, dim=1), length)
+
+
+@dataclass
+class Batch:
+    """Rows of a rollout as a model takes them: `input_ids`, `attention_mask` [b,P'+R'], `length` = R'."""
+
+    index: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    length: int
+
+    def fit(self, x: Tensor) -> Tensor:
+        """These rows of `x` [B,R], cut to [b,R']."""
+        return x[self.index][:, : self.length]
+
+
+class PromptStream:
+    """An endless, shuffled pass over the prompts; batch k depends on the seed and k alone.
+
+    Fewer prompts than a batch are cycled and reshuffled. There is no state to save: a resumed run asks for batch k.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        if count < 1:
+            raise ValueError("no prompts: the data recipe's split is empty")
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+
+    def indices(self, step: int) -> list[int]:
+        """Rows of the batch of ppo_step `step` (from 0)."""
+        first = step * self.batch_size
+        return [self._at(position) for position in range(first, first + self.batch_size)]
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self.count)
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._order = epoch, list(range(self.count))
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
+        return self._order[offset]
+
+
+def uniforms(rows: int, length: int, *key: int) -> Tensor:
+    """[rows, length] uniform numbers that depend on `key` (seed, step) alone, on every device and rank."""
+    seed = random.Random("/".join(map(str, key))).getrandbits(63)
+    return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
+
+
+def my_share(count: int, accelerator: Accelerator) -> slice:
+    """This rank's contiguous share of `count` rows (`count` divides by the number of ranks)."""
+    each = count // accelerator.num_processes
+    return slice(each * accelerator.process_index, each * (accelerator.process_index + 1))
+
+
+def sample(
+    generator: Generator,
+    prompt_ids: list[list[int]],
+    noise: Tensor,
+    temperature: float,
+    top_p: float,
+    pad_id: int,
+    accelerator: Accelerator,
+    decode: Callable[[Sequence[int]], str],
+    prompts: list[str],
+    columns: dict[str, list],
+) -> Rollout:
+    """Sample one response per prompt, each rank its share, and give every rank the whole."""
+    share = my_share(len(prompt_ids), accelerator)
+    mine = generator.generate(prompt_ids[share], noise[share], temperature, top_p)
+    parts = [accelerator.gather(x.contiguous()) for x in _tensors(mine)]
+    response_ids, response_mask, finished, logprobs = parts
+    ids, mask = left_pad(prompt_ids, pad_id)
+    device = response_ids.device
+    kept = [row[keep].tolist() for row, keep in zip(response_ids.cpu(), response_mask.cpu(), strict=True)]
+    return Rollout(
+        prompt_ids=ids.to(device),
+        prompt_mask=mask.to(device),
+        response_ids=response_ids,
+        response_mask=response_mask,
+        finished=finished,
+        sampler_logprobs=logprobs,
+        prompts=prompts,
+        responses=[decode(row) for row in kept],
+        columns=columns,
+    )
+
+
+def _tensors(generated: Generated) -> tuple[Tensor, ...]:
+    return generated.response_ids, generated.response_mask, generated.finished, generated.logprobs
+
+
+def micro_batches(
+    rollout: Rollout, rows: Sequence[int], max_tokens: int, accelerator: Accelerator
+) -> Iterator[tuple[Batch, bool]]:
+    """This rank's micro-batches of the given global rows.
+
+    Yields:
+        A batch and whether it counts: where this rank has fewer than others, it repeats a row that must not count.
+    """
+    lengths = rollout.lengths.tolist()
+    plan = plan_micro_batches([lengths[row] for row in rows], max_tokens, accelerator.num_processes)
+    for micro in plan[accelerator.process_index]:
+        yield rollout.batch([rows[i] for i in micro] or [rows[0]]), bool(micro)
+
+
+@torch.no_grad()
+def evaluate_tokens(
+    rollout: Rollout,
+    forward: Callable[[Batch], Sequence[Tensor]],
+    width: int,
+    max_tokens: int,
+    accelerator: Accelerator,
+) -> list[Tensor]:
+    """Run `forward` over all rows, each rank its share; every rank gets `width` tensors [B,R], 0 on padding.
+
+    `forward` returns `width` tensors [b,R'] for a batch.
+    """
+    mask = rollout.response_mask
+    results = [torch.zeros(mask.shape, device=mask.device) for _ in range(width)]
+    for batch, counts in micro_batches(rollout, range(mask.shape[0]), max_tokens, accelerator):
+        outputs = forward(batch)
+        if not counts:
+            continue
+        for result, output in zip(results, outputs, strict=True):
+            result[batch.index, : batch.length] = torch.where(batch.fit(mask), output.float(), 0.0)
+    # Each row is filled on one rank and zero on the others: the sum is the whole.
+    return [accelerator.reduce(result, "sum") for result in results]
+
+
+def add_logprobs_and_values(
+    rollout: Rollout,
+    model: nn.Module,
+    reference: Callable[[Batch], Tensor],
+    temperature: float,
+    max_tokens: int,
+    accelerator: Accelerator,
+) -> None:
+    """Fill in log-probabilities, values, entropy and the reference's log-probabilities.
+
+    They come from the forward that training uses, not from the sampler: the first ratio is 1 whatever the back end.
+    """
+
+    def forward(batch: Batch) -> Sequence[Tensor]:
+        out: Outputs = model(batch.input_ids, batch.attention_mask, batch.length, temperature, mode="rollout")
+        assert out.entropy is not None
+        return out.logprobs, out.values, out.entropy, reference(batch)
+
+    rollout.logprobs, rollout.values, rollout.entropy, rollout.ref_logprobs = evaluate_tokens(
+        rollout, forward, 4, max_tokens, accelerator
+    )

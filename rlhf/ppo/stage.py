@@ -1,0 +1,151 @@
+"""The ppo stage: prompts, models and rewards from artifacts; train; publish policy and critic."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from rlhf.cards import write_card
+from rlhf.data import Renderer, load_data_recipe, load_rows
+from rlhf.errors import UserError
+from rlhf.functions import load_function
+from rlhf.logs import MetricsWriter, check_trackers
+from rlhf.models import check_position_limit, compute_dtype, load_tokenizer, tokenizer_identity
+from rlhf.ppo.build import Reference, build_actor_critic, build_rewards, critic_source, publish_models
+from rlhf.ppo.checkpoint import Checkpointer
+from rlhf.ppo.generation import PlainGenerator
+from rlhf.ppo.trainer import PPOTrainer, Prompts
+from rlhf.recipe import Recipe
+from rlhf.stage import Stage, StageContext
+
+logger = logging.getLogger(__name__)
+
+
+def load_prompts(name: str, split: str, renderer: Renderer, max_length: int, limit: int | None = None) -> Prompts:
+    """Prompts of a data recipe as ids and text; longer ones than `max_length` tokens are dropped and counted.
+
+    Raises:
+        UserError: none is left.
+    """
+    rows = load_rows(load_data_recipe(name), split, "prompts")
+    ids = [renderer.prompt_ids(row["prompt"]) for row in rows]
+    fits = [row for row in range(len(rows)) if len(ids[row]) <= max_length]
+    if not fits:
+        raise UserError(
+            f"data recipe {name}: none of {len(rows)} prompts fits ppo.max_prompt_length {max_length}: raise it"
+        )
+    if len(fits) < len(rows):
+        logger.info("prompts %s: dropped %d of %d above %d tokens", name, len(rows) - len(fits), len(rows), max_length)
+    fits = fits[:limit]
+    extra = sorted({column for row in rows for column in row} - {"prompt"})
+    return Prompts(
+        ids=[ids[row] for row in fits],
+        texts=[renderer.prompt_text(rows[row]["prompt"]) for row in fits],
+        columns={column: [rows[row].get(column) for row in fits] for column in extra},
+    )
+
+
+def check(ctx: StageContext) -> None:
+    """See `Stage.check`."""
+    recipe, config, sft = ctx.recipe, ctx.recipe.ppo, ctx.inputs["sft"]
+    compute_dtype(recipe)
+    check_trackers(recipe.logging.report_to)
+    check_position_limit(
+        sft.model_dir, config.max_prompt_length + config.response_length, "ppo.max_prompt_length + response_length"
+    )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    for key in ("rollout_batch_size", "eval_prompts"):
+        if getattr(config, key) % ranks:
+            raise UserError(f"ppo.{key} {getattr(config, key)}: does not divide by {ranks} processes: change one of them")
+    for source in config.rewards:
+        if source.function is not None:
+            load_function(source.function)
+        elif "reward_statistics" not in ctx.inputs[source.artifact].manifest:
+            raise UserError(f"ppo.rewards: artifact {source.artifact} is no reward model: name a `reward` stage")
+    if config.gradient_checkpointing and recipe.uses_peft("ppo") and config.critic == "separate":
+        raise UserError(
+            "ppo.gradient_checkpointing: with LoRA and critic: separate the recomputation would run with the wrong "
+            "adapter: set ppo.critic: shared, or gradient_checkpointing: false"
+        )
+    if recipe.uses_peft("ppo") and config.critic == "separate":
+        source = critic_source(ctx)
+        if source is not None and not (source.path / "adapter").is_dir():
+            raise UserError(
+                f"ppo.critic_init: {source.path} was trained with full weights, and a LoRA critic starts from an "
+                "adapter: add `reward` to peft.stages, or set ppo.critic_init: sft"
+            )
+
+
+def build(ctx: StageContext) -> dict[str, Any]:
+    """Train and publish; see `Stage.build`."""
+    recipe, config = ctx.recipe, ctx.recipe.ppo
+    dtype = compute_dtype(recipe)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        cpu=recipe.hardware.device == "cpu",
+        log_with=list(recipe.logging.report_to) or None,
+        project_dir=str(ctx.dir),
+    )
+    set_seed(ctx.seed)
+    accelerator.init_trackers("tensorboard" if recipe.logging.report_to == ["tensorboard"] else recipe.logging.project)
+    tokenizer = load_tokenizer(ctx.inputs["sft"].model_dir)
+    renderer = Renderer(tokenizer, recipe.model.chat)
+    model = build_actor_critic(ctx)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        eps=config.adam_eps,
+        weight_decay=0.0,
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
+    eval_prompts = None
+    if config.eval_every:
+        eval_prompts = load_prompts(
+            config.data, config.eval_split, renderer, config.max_prompt_length, config.eval_prompts
+        )
+    trainer = PPOTrainer(
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        reference=Reference(ctx, model, accelerator),
+        rewards=build_rewards(ctx, model, accelerator),
+        generator=PlainGenerator(accelerator.unwrap_model(model), tokenizer, config.stop_strings, autocast=dtype),
+        prompts=load_prompts(config.data, config.split, renderer, config.max_prompt_length),
+        eval_prompts=eval_prompts,
+        decode=renderer.decode_response,
+        pad_id=tokenizer.pad_token_id,
+        seed=ctx.seed,
+        accelerator=accelerator,
+        writer=writer,
+        checkpointer=Checkpointer(ctx.checkpoints, accelerator),
+    )
+    trainer.train()
+    writer.close()
+    return _publish(ctx, trainer, tokenizer)
+
+
+def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: Any) -> dict[str, Any]:
+    state = trainer.checkpointer.best_state(trainer)
+    metrics: dict[str, Any] = dict(trainer.last_metrics)
+    best = trainer.best[1] if trainer.best else trainer.ppo_step
+    metrics |= {"published_ppo_step": best, "ppo_steps": trainer.ppo_step}
+    if best == 0:
+        logger.warning("no ppo_step was better than the SFT model by %s: it is published", ctx.recipe.ppo.best_metric)
+    if trainer.accelerator.is_main_process:
+        publish_models(ctx, tokenizer, state)
+        write_card(ctx, metrics, "Policy aligned with PPO; its critic is beside it in `critic/`.")
+    return {"tokenizer": tokenizer_identity(tokenizer), "metrics": metrics, "stopped": trainer.stopped}
+
+
+def _inputs(recipe: Recipe) -> list[str]:
+    artifacts = [source.artifact for source in recipe.ppo.rewards if source.artifact]
+    return ["sft", *dict.fromkeys(artifacts)]
+
+
+STAGE = Stage("ppo", 1, inputs=_inputs, data=lambda recipe: [recipe.ppo.data], check=check, build=build)

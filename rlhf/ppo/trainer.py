@@ -1,0 +1,419 @@
+"""PPO. One step reads here, top to bottom; the formulas are in advantages.py and losses.py.
+
+Proximal Policy Optimization (Schulman et al. 2017) with a per-token KL penalty against the SFT model (Ziegler et al.
+2019), in the details that Huang et al. 2024 found to matter.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf.logs import MetricsWriter
+from rlhf.models import Outputs
+from rlhf.ppo.advantages import gae, kl_penalty, token_rewards
+from rlhf.ppo.checkpoint import Checkpointer
+from rlhf.ppo.generation import Generator
+from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
+from rlhf.ppo.losses import policy_loss, value_loss
+from rlhf.ppo.masking import masked_mean, masked_whiten
+from rlhf.ppo.rewards import RunningMoments, ScoreSource, aggregate, shape_scores
+from rlhf.ppo.rollout import (
+    Batch,
+    PromptStream,
+    Rollout,
+    add_logprobs_and_values,
+    micro_batches,
+    my_share,
+    sample,
+    uniforms,
+)
+from rlhf.recipe import PPOSection
+
+logger = logging.getLogger(__name__)
+
+TRAIN, EVAL, PERMUTE = 0, 1, 2  # streams of random numbers
+
+
+@dataclass
+class Prompts:
+    """Prompts as tokens and as text, with the extra columns of their rows."""
+
+    ids: list[list[int]]
+    texts: list[str]
+    columns: dict[str, list]
+
+    def take(self, rows: Sequence[int]) -> Prompts:
+        """The given rows."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return Prompts([self.ids[row] for row in rows], [self.texts[row] for row in rows], columns)
+
+
+@dataclass
+class Targets:
+    """What the two losses of an update aim at, [B,R] each, the same on every rank."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+class PPOTrainer:
+    """Trains an ActorCritic on prompts against reward sources.
+
+    Args:
+        config: the recipe's `ppo` section.
+        model: ActorCritic as `accelerator.prepare` returned it.
+        optimizer: prepared; its parameters are the trainable ones of `model`.
+        reference: log-probabilities [b,R'] of a batch under the reference policy.
+        rewards: weighted sources of scores.
+        generator: samples responses of the current policy.
+        prompts, eval_prompts: what is trained and evaluated on.
+        decode: response ids -> text.
+        pad_id: for left-padding prompts.
+        seed: of sampling, of the order of prompts and of mini-batches.
+        accelerator, writer, checkpointer: placement, logs, resume.
+    """
+
+    def __init__(
+        self,
+        config: PPOSection,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        reference: Callable[[Batch], Tensor],
+        rewards: list[ScoreSource],
+        generator: Generator,
+        prompts: Prompts,
+        eval_prompts: Prompts | None,
+        decode: Callable[[Sequence[int]], str],
+        pad_id: int,
+        seed: int,
+        accelerator: Accelerator,
+        writer: MetricsWriter,
+        checkpointer: Checkpointer,
+    ) -> None:
+        self.config, self.model, self.optimizer = config, model, optimizer
+        self.reference, self.rewards, self.generator = reference, rewards, generator
+        self.prompts, self.eval_prompts = prompts, eval_prompts
+        self.decode, self.pad_id, self.seed = decode, pad_id, seed
+        self.accelerator, self.writer, self.checkpointer = accelerator, writer, checkpointer
+        self.stream = PromptStream(len(prompts.ids), config.rollout_batch_size, seed)
+        self.running = RunningMoments() if config.normalize_scores else None
+        adaptive = config.kl_target is not None
+        self.kl_controller = (
+            AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon) if adaptive else FixedKL(config.kl_coef)
+        )
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.ppo_step = self.optimizer_step = 0
+        self.best: tuple[float, int] | None = None  # value of best_metric, ppo_step
+        self.last_metrics: dict[str, float] = {}
+        self.stopped = ""
+
+    # ------------------------------------------------------------------------------------------------------ the run
+    def train(self) -> None:
+        """Run (or continue) until `total_episodes`, `max_kl`, or an error."""
+        self.restore()
+        if self.ppo_step == 0 and self.config.eval_every:
+            self.evaluate()
+        while self.ppo_step < self.config.total_steps and not self.stopped:
+            metrics, rollout = self.step()
+            self.ppo_step += 1
+            last = self.ppo_step == self.config.total_steps
+            self._stop_on_runaway_kl(metrics)
+            if self.config.eval_every and (last or self.stopped or self.ppo_step % self.config.eval_every == 0):
+                metrics |= self.evaluate()
+            self.writer.write(metrics)
+            self.last_metrics = {key: value for key, value in metrics.items() if not key.startswith("perf/")}
+            if self.ppo_step == 1 or last or self.ppo_step % self.config.sample_every == 0:
+                self.writer.write_samples(self.ppo_step, rollout, self.fixed_samples())
+            every = self.config.checkpoint_every
+            if every and self.ppo_step % every == 0 and not last:
+                self.checkpointer.save(self)
+
+    def step(self) -> tuple[dict[str, float], Rollout]:
+        """One ppo_step: sample, score, estimate advantages, update. Returns its metrics and its rollout."""
+        config, started = self.config, time.perf_counter()
+
+        # 1. Sample one response per prompt from the current policy.
+        rollout = self.rollout(self.prompts.take(self.stream.indices(self.ppo_step)), TRAIN, self.ppo_step)
+        generated = time.perf_counter()
+
+        # 2. Score the responses; log-probabilities of policy and reference, values of the critic.
+        self.score(rollout, update=True)
+        add_logprobs_and_values(
+            rollout, self.model, self.reference, config.temperature, config.max_tokens_per_micro_batch, self.accelerator
+        )
+        mask = rollout.response_mask
+
+        # 3. Reward of each token: -kl_coef * KL, and the score on the last one.
+        kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
+        rewards = token_rewards(rollout.scores, kl, mask, self.kl_controller.kl_coef)
+        if config.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+
+        # 4. Advantages, whitened over the global batch, and the critic's targets.
+        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
+        targets = Targets(masked_whiten(advantages, mask), returns)
+        scored = time.perf_counter()
+
+        # 5. Several passes of clipped updates.
+        statistics = self.update(rollout, targets)
+        metrics = self.metrics(rollout, targets, statistics)
+        self.kl_controller.update(metrics["objective/kl"], config.rollout_batch_size)
+        return metrics | self._timing(rollout, started, generated, scored), rollout
+
+    def update(self, rollout: Rollout, targets: Targets) -> list[dict[str, float]]:
+        """`num_ppo_epochs` passes over the rollout in shuffled mini-batches; returns each mini-batch's statistics."""
+        statistics = []
+        for number, rows in enumerate(self._mini_batches()):
+            self._set_learning_rate(number)
+            statistics.append(self._optimizer_step(rollout, targets, rows))
+            self.optimizer_step += 1
+            approxkl = statistics[-1]["policy/approxkl_avg"]
+            if self.config.target_kl is not None and approxkl > self.config.target_kl:
+                break
+        return statistics
+
+    def _optimizer_step(self, rollout: Rollout, targets: Targets, rows: list[int]) -> dict[str, float]:
+        """One mini-batch: losses over all its tokens, on all ranks, in micro-batches; then one step of AdamW."""
+        config, ranks = self.config, self.accelerator.num_processes
+        tokens = int(rollout.response_mask[rows].sum())  # of the whole mini-batch, all ranks: the denominator
+        # The policy waits while a fresh critic finds its feet.
+        policy_weight = 0.0 if self.ppo_step < config.critic_warmup_steps else 1.0
+        totals = torch.zeros(6, device=rollout.response_mask.device)
+        batches = list(micro_batches(rollout, rows, config.max_tokens_per_micro_batch, self.accelerator))
+        for number, (batch, counts) in enumerate(batches):
+            last = number == len(batches) - 1
+            with _sync_gradients(self.accelerator, self.model, last):
+                loss, parts = self._losses(rollout, targets, batch, tokens, policy_weight)
+                # DDP and FSDP average gradients over ranks; ours are shares of one sum.
+                self.accelerator.backward(loss * ranks * float(counts))
+            totals += parts * float(counts)
+        norm = self._clip_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        totals = self.accelerator.reduce(totals, "sum").tolist()
+        names = ("loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg", "loss/value_avg", "val/clipfrac_avg")
+        return dict(zip((*names, "val/ratio"), totals, strict=True)) | {"policy/grad_norm": norm}
+
+    def _losses(
+        self, rollout: Rollout, targets: Targets, batch: Batch, tokens: int, policy_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of one micro-batch (its share of the mini-batch's) and six statistics, shares as well."""
+        config, mask = self.config, batch.fit(rollout.response_mask)
+        new: Outputs = self.model(batch.input_ids, batch.attention_mask, batch.length, config.temperature)
+        old_logprobs, advantages = batch.fit(rollout.logprobs), batch.fit(targets.advantages)
+        old_values, returns = batch.fit(rollout.values), batch.fit(targets.returns)
+        pg_loss, pg_clipfrac, approxkl = policy_loss(
+            new.logprobs, old_logprobs, advantages, mask, config.cliprange, denominator=tokens
+        )
+        vf_loss, vf_clipfrac = value_loss(
+            new.values, old_values, returns, mask, config.cliprange_value, denominator=tokens
+        )
+        log_ratio = torch.where(mask, new.logprobs.detach() - old_logprobs, 0)
+        ratio = torch.where(mask, log_ratio.exp(), 0).sum() / tokens
+        parts = torch.stack([pg_loss.detach(), pg_clipfrac, approxkl, vf_loss.detach(), vf_clipfrac, ratio])
+        return policy_weight * pg_loss + config.vf_coef * vf_loss, parts
+
+    # ----------------------------------------------------------------------------------------------------- parts of it
+    def rollout(self, prompts: Prompts, stream: int, step: int) -> Rollout:
+        """Sample responses; the same for the same stream and step, however many ranks there are."""
+        noise = uniforms(len(prompts.ids), self.config.response_length, self.seed, stream, step)
+        return sample(
+            self.generator,
+            prompts.ids,
+            noise,
+            self.config.temperature,
+            self.config.top_p,
+            self.pad_id,
+            self.accelerator,
+            self.decode,
+            prompts.texts,
+            prompts.columns,
+        )
+
+    def score(self, rollout: Rollout, update: bool) -> None:
+        """Fill in `raw_scores` of every source and the `scores` that PPO maximises."""
+        config = self.config
+        budget = config.max_tokens_per_micro_batch
+        rollout.raw_scores = {s.name: s.score(rollout, budget, self.accelerator) for s in self.rewards}
+        weights = [source.weight for source in self.rewards]
+        scores = aggregate(list(rollout.raw_scores.values()), weights, config.reward_aggregation)
+        if update and self.running is not None:
+            self.running.update(scores)
+        rollout.scores = shape_scores(
+            scores,
+            rollout.finished,
+            self.running,
+            config.score_clip,
+            config.missing_eos_penalty,
+            config.missing_eos_mode,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """The current policy on held-out prompts, always with the same random numbers."""
+        if self.eval_prompts is None:
+            return {}
+        rollout = self.rollout(self.eval_prompts, EVAL, 0)
+        self.score(rollout, update=False)
+        add_logprobs_and_values(
+            rollout,
+            self.model,
+            self.reference,
+            self.config.temperature,
+            self.config.max_tokens_per_micro_batch,
+            self.accelerator,
+        )
+        kl = _per_response(kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1"), rollout.response_mask)
+        score = float(rollout.scores.mean())
+        metrics = {
+            "eval/scores": score,
+            "eval/kl": kl,
+            "eval/rlhf_reward": score - self.config.kl_coef * kl,
+            "eval/response_length": float(rollout.response_mask.sum(1).float().mean()),
+            "eval/eos_rate": float(rollout.finished.float().mean()),
+        }
+        self._keep_best(metrics)
+        self._eval_rollout = rollout
+        return metrics
+
+    def fixed_samples(self) -> Rollout | None:
+        """The last evaluation's rollout: the same prompts each time."""
+        return getattr(self, "_eval_rollout", None)
+
+    def metrics(self, rollout: Rollout, targets: Targets, statistics: list[dict[str, float]]) -> dict[str, float]:
+        """One row of metrics.jsonl; see docs/metrics.md."""
+        mask = rollout.response_mask
+        kl = _per_response(kl_penalty(rollout.logprobs, rollout.ref_logprobs, self.config.kl_estimator), mask)
+        k1 = kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1")
+        penalty = -self.kl_controller.kl_coef * kl
+        scores = float(rollout.scores.mean())
+        residual = masked_mean((targets.returns - rollout.values).square(), mask)
+        spread = masked_mean((targets.returns - masked_mean(targets.returns, mask)).square(), mask)
+        drift = masked_mean((rollout.sampler_logprobs - rollout.logprobs).abs(), mask)
+        row = {
+            "ppo_step": self.ppo_step + 1,
+            "episode": (self.ppo_step + 1) * self.config.rollout_batch_size,
+            "optimizer_step": self.optimizer_step,
+            "objective/kl": _per_response(k1, mask),
+            "objective/entropy": _per_response(rollout.entropy, mask),
+            "objective/non_score_reward": penalty,
+            "objective/rlhf_reward": scores + penalty,
+            "objective/scores": scores,
+            "objective/scores_std": float(rollout.scores.std(unbiased=False)),
+            "objective/kl_coef": self.kl_controller.kl_coef,
+            "val/explained_variance": float(1 - residual / spread.clamp(min=1e-8)),
+            "val/values_avg": float(masked_mean(rollout.values, mask)),
+            "rollout/response_length": float(mask.sum(1).float().mean()),
+            "rollout/eos_rate": float(rollout.finished.float().mean()),
+            "rollout/logprob_drift": float(drift),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        row |= {f"objective/scores/{name}": float(value.mean()) for name, value in rollout.raw_scores.items()}
+        for name in statistics[0]:
+            row[name] = sum(part[name] for part in statistics) / len(statistics)
+        return row
+
+    def _timing(self, rollout: Rollout, started: float, generated: float, scored: float) -> dict[str, float]:
+        now = time.perf_counter()
+        return {
+            "perf/episodes_per_second": rollout.response_mask.shape[0] / (now - started),
+            "perf/generate_seconds": generated - started,
+            "perf/score_seconds": scored - generated,
+            "perf/train_seconds": now - scored,
+            "perf/tokens_per_second": float(rollout.response_mask.sum()) / (now - started),
+        }
+
+    def _mini_batches(self) -> Iterator[list[int]]:
+        """Rows of each mini-batch: a fresh permutation of the global batch per PPO epoch."""
+        size = self.config.rollout_batch_size
+        for epoch in range(self.config.num_ppo_epochs):
+            order = list(range(size))
+            random.Random(f"{self.seed}/{PERMUTE}/{self.ppo_step}/{epoch}").shuffle(order)
+            for first in range(0, size, self.config.mini_batch_size):
+                yield order[first : first + self.config.mini_batch_size]
+
+    def _set_learning_rate(self, number: int) -> None:
+        """Linear warm-up, then linear to 0, by planned optimizer steps: an early stop by target_kl skips some."""
+        config = self.config
+        each = config.num_ppo_epochs * (config.rollout_batch_size // config.mini_batch_size)
+        total, step = each * config.total_steps, each * self.ppo_step + number
+        warmup = math.ceil(config.warmup_ratio * total)
+        factor = (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+
+    def _clip_gradients(self) -> float:
+        """Norm before clipping; clips to `max_grad_norm` if set."""
+        limit = self.config.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        value = float(norm)
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"ppo_step {self.ppo_step + 1}: gradient norm is {value}; lower ppo.learning_rate, or look for "
+                "infinite scores in metrics.jsonl"
+            )
+        return value
+
+    def _stop_on_runaway_kl(self, metrics: dict[str, float]) -> None:
+        limit = self.config.max_kl
+        if limit is not None and metrics["objective/kl"] > limit:
+            self.stopped = f"objective/kl {metrics['objective/kl']:.2f} is above ppo.max_kl {limit}"
+            logger.warning("stopping at ppo_step %d: %s", self.ppo_step, self.stopped)
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        name = self.config.best_metric
+        if name is None:
+            return
+        if self.best is None or metrics[name] > self.best[0]:
+            self.best = (metrics[name], self.ppo_step)
+            self.checkpointer.save_best(self)
+
+    # ---------------------------------------------------------------------------------------------------------- resume
+    def state_dict(self) -> dict[str, object]:
+        """Everything but tensors: counters, KL coefficient, running statistics, the best step. Plain JSON.
+
+        There is no generator state: random numbers and data order are functions of the seed and `ppo_step`.
+        """
+        return {
+            "ppo_step": self.ppo_step,
+            "optimizer_step": self.optimizer_step,
+            "kl_controller": self.kl_controller.state_dict(),
+            "running": self.running.state_dict() if self.running else None,
+            "best": self.best,
+        }
+
+    def restore(self) -> None:
+        """Continue from the last whole checkpoint, if there is one."""
+        state = self.checkpointer.load(self)
+        if state is None:
+            return
+        self.ppo_step, self.optimizer_step = state["ppo_step"], state["optimizer_step"]
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        if self.running is not None:
+            self.running.load_state_dict(state["running"])
+        self.best = tuple(state["best"]) if state["best"] else None
+        self.writer.rewind(self.ppo_step)
+        logger.info("continuing after ppo_step %d", self.ppo_step)
+
+
+def _per_response(x: Tensor, mask: Tensor) -> float:
+    """Sum over a response, mean over responses."""
+    return float(torch.where(mask, x, 0).sum(dim=1).mean())
+
+
+def _sync_gradients(accelerator: Accelerator, model: nn.Module, last: bool):  # noqa: ANN202 - a context manager
+    """Exchange gradients only with the last micro-batch."""
+    from contextlib import nullcontext
+
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+__all__ = ["PPOTrainer", "Prompts", "Targets", "my_share"]

@@ -1,0 +1,378 @@
+"""The typed recipe: every number's meaning, unit, range, default and source, once.
+
+A recipe is one YAML file with one section per stage, sparse: it says only what differs from the defaults below.
+Anything unknown, mistyped or out of range is refused before a model is loaded. Imports no torch.
+
+Sources of the PPO defaults: "N+" is Huang et al. 2024, *The N+ Implementation Details of RLHF with PPO*.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rlhf.errors import UserError
+from rlhf.yamlio import parse_scalar, read_yaml, validate
+
+RECIPE_DIR = Path(__file__).resolve().parents[1] / "pipelines" / "recipes"
+
+
+class Section(BaseModel):
+    """Strict base: an unknown key or a wrong type is an error, and a loaded recipe does not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(Section):
+    """The base model that the run starts from, and how text becomes tokens."""
+
+    base: str | None = Field(None, description="Hub id, local path, or (with `package`) a folder inside that package.")
+    revision: str | None = Field(None, description="Hub revision of the base; pin it for a reproducible run.")
+    package: str | None = Field(None, description="Installed Python package that ships the base; `base` is inside it.")
+    gguf_file: str | None = Field(None, description="GGUF file inside the base folder, dequantised on load.")
+    trust_remote_code: bool = Field(False, description="Run Python code that the base ships.")
+    attn_implementation: str | None = Field(None, description="transformers' attn_implementation; null = its default.")
+    chat: bool = Field(False, description="Render prompts through the chat template instead of as plain text.")
+    chat_template: str | None = Field(None, description="Path of a Jinja file that replaces the base's chat template.")
+    pad_token: str | None = Field(None, description="Token used for padding; added (embedding resized) if absent.")
+    eos_token: str | None = Field(None, description="Token that ends a response; null = the tokenizer's own.")
+    bos_token: str | None = Field(None, description="Start token; null = the tokenizer's own.")
+
+
+class PeftSection(Section):
+    """LoRA for sft, reward and ppo: adapters on the one merged SFT model. Hu et al. 2021."""
+
+    r: int = Field(16, ge=1, le=1024, description="Rank of the update.")
+    lora_alpha: float = Field(32, gt=0, description="Scale: the update is multiplied by lora_alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter input (sft and reward; ppo uses 0).")
+    target_modules: str | list[str] = Field("all-linear", description="Module names, or 'all-linear'.")
+    stages: list[Literal["sft", "reward", "ppo"]] = Field(
+        ["sft", "reward", "ppo"], description="The stages that train adapters; the others train full weights."
+    )
+
+
+class Architecture(Section):
+    """A GPT-2-shaped model trained from scratch (`pretrain` without `model.base`)."""
+
+    vocab_size: int = Field(4096, ge=300, le=200_000, description="BPE vocabulary, specials included.")
+    n_positions: int = Field(128, ge=16, description="Longest sequence in tokens.")
+    n_embd: int = Field(128, ge=8, description="Width.")
+    n_layer: int = Field(4, ge=1, description="Blocks.")
+    n_head: int = Field(4, ge=1, description="Attention heads; divides n_embd.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Architecture:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} does not divide by n_head {self.n_head}: pick n_head that does")
+        return self
+
+
+class PretrainSection(Section):
+    """(Continued) pre-training on raw text. From scratch when `architecture` is given."""
+
+    data: list[str] = Field(min_length=1, description="Data recipes read as raw text, concatenated.")
+    split: str = Field("train", description="The split that is read.")
+    architecture: Architecture | None = Field(None, description="Train a tokenizer and a model from scratch.")
+    block_size: int = Field(128, ge=8, description="Tokens per packed training row.")
+    max_tokens: int | None = Field(None, ge=1, description="Stop reading text after this many tokens.")
+    trainer: dict[str, Any] = Field({}, description="Passed to transformers.TrainingArguments.")
+    seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+
+
+class SftSection(Section):
+    """Supervised fine-tuning with TRL's SFTTrainer, loss on completions."""
+
+    data: str = Field(description="Data recipe of prompt/completion rows.")
+    split: str = Field("train", description="Training split.")
+    eval_split: str | None = Field("validation", description="Held-out split for loss and EOS rate; null = none.")
+    max_length: int = Field(1024, ge=2, description="Longest prompt + completion in tokens; longer rows are dropped.")
+    eos_prompts: int = Field(128, ge=0, description="Held-out prompts sampled to measure the EOS rate; 0 = skip.")
+    eos_max_new_tokens: int | None = Field(None, ge=1, description="Budget of that sampling; null = ppo.response_length.")
+    limit: int | None = Field(None, ge=1, description="Use at most this many training rows.")
+    trainer: dict[str, Any] = Field({}, description="Passed to TRL's SFTConfig, checked before anything loads.")
+    seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+
+
+class RewardSection(Section):
+    """Scalar reward model with TRL's RewardTrainer, from the SFT artifact."""
+
+    data: str = Field(description="Data recipe of prompt/chosen/rejected rows.")
+    split: str = Field("train", description="Training split.")
+    eval_split: str = Field("test", description="Held-out split for accuracy and baselines.")
+    max_length: int = Field(1024, ge=2, description="Longest prompt + response in tokens; longer pairs are dropped.")
+    normalize_samples: int = Field(256, ge=2, description="SFT samples whose score mean and std go into the manifest.")
+    limit: int | None = Field(None, ge=1, description="Use at most this many training pairs.")
+    baselines: bool = Field(True, description="Report length-only and TF-IDF baselines beside the accuracy.")
+    trainer: dict[str, Any] = Field({}, description="Passed to TRL's RewardConfig, checked before anything loads.")
+    seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+
+
+class RewardSource(Section):
+    """One weighted source of scores: a reward artifact or a Python callable (exactly one)."""
+
+    artifact: str | None = Field(None, description="A stage of this run (`reward`) or the path of a reward artifact.")
+    function: str | None = Field(None, description="`package.module:callable` of prompts and responses -> floats.")
+    weight: float = Field(1.0, description="Multiplies the source's score before sources are aggregated.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardSource:
+        if (self.artifact is None) == (self.function is None):
+            raise ValueError("give exactly one of `artifact` and `function`")
+        if self.function is not None and ":" not in self.function:
+            raise ValueError(f"function {self.function!r} is not of the form package.module:callable")
+        return self
+
+
+class PPOSection(Section):
+    """PPO. Sizes are global, in episodes; lengths in tokens; KL in nats."""
+
+    data: str = Field(description="Data recipe of prompts.")
+    split: str = Field("train", description="Prompts to train on.")
+    eval_split: str = Field("validation", description="Held-out prompts for `eval/*`.")
+    rewards: list[RewardSource] = Field([RewardSource(artifact="reward")], min_length=1)
+    reward_aggregation: Literal["sum", "mean", "min"] = Field("sum", description="How weighted sources become one score.")
+
+    total_episodes: int = Field(10_000, ge=1, description="Episodes (prompt + response) of the whole run.")
+    rollout_batch_size: int = Field(64, ge=1, description="Episodes sampled per ppo_step, over all ranks.")
+    mini_batch_size: int = Field(64, ge=1, description="Episodes per optimizer step, over all ranks.")
+    num_ppo_epochs: int = Field(4, ge=1, description="Passes over a rollout. N+.")
+    max_tokens_per_micro_batch: int = Field(8192, ge=1, description="Padded tokens of one forward on one device.")
+    max_prompt_length: int = Field(512, ge=1, description="Prompts of more tokens are dropped.")
+    response_length: int = Field(53, ge=1, description="Most tokens of a response, EOS included. N+ (TL;DR).")
+    temperature: float = Field(0.7, gt=0, description="Divides the logits of policy and reference alike. N+.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; below 1 makes log-probabilities biased. N+: 1.")
+    stop_strings: list[str] = Field([], description="For base models: a response ends where one of these appears.")
+
+    learning_rate: float = Field(3e-6, gt=0, description="AdamW peak, linear to 0. N+.")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of optimizer steps with rising learning rate.")
+    adam_eps: float = Field(1e-5, gt=0, description="N+: 1e-5, not PyTorch's 1e-8.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the global gradient norm; null = off.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount. N+.")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE lambda. N+.")
+    cliprange: float = Field(0.2, gt=0, description="Ratio clip. Schulman et al. 2017; N+.")
+    cliprange_value: float | None = Field(0.2, gt=0, description="Value clip; null = off. N+.")
+    vf_coef: float = Field(0.1, ge=0, description="Weight of the value loss. N+.")
+    whiten_rewards: bool = Field(False, description="Whiten token rewards (without mean shift). N+: off.")
+
+    kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL in the reward. N+.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Schulman 2020; only k1 has the KL's gradient.")
+    kl_target: float | None = Field(None, gt=0, description="Nats per response; adaptive coefficient. null = fixed.")
+    kl_horizon: int = Field(10_000, ge=1, description="Episodes; speed of the adaptive coefficient. Ziegler et al. 2019.")
+    target_kl: float | None = Field(None, gt=0, description="Mean approxkl that ends an update early; null = off.")
+    max_kl: float | None = Field(None, gt=0, description="Nats per response; above it the run stops. null = off.")
+
+    missing_eos_penalty: float | None = Field(1.0, gt=0, description="Positive x; null = off. N+: score = -1.")
+    missing_eos_mode: Literal["replace", "subtract"] = Field("replace", description="score = -x, or score -= x.")
+    normalize_scores: bool = Field(False, description="Divide scores by their running std (after the manifest's shift).")
+    score_clip: float | None = Field(None, gt=0, description="Clip scores to +-this; null = off.")
+
+    critic: Literal["separate", "shared"] = Field("separate", description="Own trunk, or a value head on the policy's.")
+    critic_init: Literal["reward", "sft"] = Field("reward", description="N+: reward model.")
+    critic_warmup_steps: int = Field(0, ge=0, description="First ppo_steps that train the critic alone.")
+
+    eval_every: int | None = Field(None, ge=1, description="ppo_steps between held-out evaluations; null = never.")
+    eval_prompts: int = Field(64, ge=1, description="Held-out prompts per evaluation.")
+    best_metric: str | None = Field("eval/rlhf_reward", description="Step with its maximum is kept; null = the last.")
+    checkpoint_every: int | None = Field(None, ge=1, description="ppo_steps between checkpoints; null = only at the end.")
+    sample_every: int = Field(10, ge=1, description="ppo_steps between rows in samples.jsonl.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
+    seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _critic_without_reward_model(cls, data: Any) -> Any:
+        """Rule-based rewards have no reward model to start the critic from: the default is then the SFT model."""
+        if isinstance(data, dict) and "critic_init" not in data and isinstance(data.get("rewards"), list):
+            sources = [source for source in data["rewards"] if isinstance(source, dict)]
+            if sources and not any("artifact" in source for source in sources):
+                return {**data, "critic_init": "sft"}
+        return data
+
+    @model_validator(mode="after")
+    def _sizes(self) -> PPOSection:
+        if self.mini_batch_size > self.rollout_batch_size:
+            raise ValueError(
+                f"mini_batch_size {self.mini_batch_size} is above rollout_batch_size {self.rollout_batch_size}: "
+                "lower mini_batch_size"
+            )
+        if self.rollout_batch_size % self.mini_batch_size:
+            raise ValueError(
+                f"rollout_batch_size {self.rollout_batch_size} does not divide by mini_batch_size "
+                f"{self.mini_batch_size}: choose sizes that divide"
+            )
+        if self.total_episodes < self.rollout_batch_size:
+            raise ValueError(
+                f"total_episodes {self.total_episodes} is below rollout_batch_size {self.rollout_batch_size}: "
+                "there would be no step; raise total_episodes"
+            )
+        if self.critic_init == "reward" and not any(s.artifact for s in self.rewards):
+            raise ValueError("critic_init 'reward' needs a reward artifact in `rewards`; set critic_init: sft")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Number of ppo_steps (a last partial rollout is not run)."""
+        return self.total_episodes // self.rollout_batch_size
+
+
+class JudgeSource(Section):
+    """A judge that no stage trained on: exactly one of the three."""
+
+    sentiment: str | None = Field(None, description="Data recipe of labelled texts; TF-IDF + logistic regression.")
+    vader: bool = Field(False, description="VADER's compound score.")
+    function: str | None = Field(None, description="`package.module:callable`, as in ppo.rewards.")
+    name: str = Field("judge", description="Name of its columns in the report.")
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> JudgeSource:
+        if sum([self.sentiment is not None, self.vader, self.function is not None]) != 1:
+            raise ValueError("give exactly one of `sentiment`, `vader` and `function`")
+        return self
+
+
+class EvaluateSection(Section):
+    """SFT against PPO on held-out prompts."""
+
+    data: str | None = Field(None, description="Data recipe of prompts; null = ppo.data.")
+    split: str = Field("test", description="The held-out split.")
+    prompts: int = Field(256, ge=2, description="Number of prompts.")
+    judges: list[JudgeSource] = Field([], description="The first one gives the headline win rate.")
+    bootstrap: int = Field(2000, ge=100, description="Resamples for the 95 % intervals.")
+    seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+
+
+class HardwareSection(Section):
+    """Where and how precisely to compute."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = a GPU when there is one.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 on GPUs that have it, else fp32.")
+
+
+class LoggingSection(Section):
+    """Trackers beside metrics.jsonl, which is always written."""
+
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(["tensorboard"], description="Trackers by name.")
+    project: str = Field("rlhf", description="Project name for wandb and trackio.")
+    samples: int = Field(8, ge=1, description="Fixed prompts (and as many random ones) in samples.jsonl.")
+
+
+class Recipe(Section):
+    """One run: a base model and what each stage does with it."""
+
+    name: str = Field(description="Default name of the run.")
+    description: str = Field("", description="One line for people.")
+    seed: int = Field(0, ge=0, description="Seed of every stage that names none of its own.")
+    model: ModelSection = ModelSection()
+    peft: PeftSection | None = Field(None, description="LoRA; null = full weights.")
+    pretrain: PretrainSection | None = None
+    sft: SftSection
+    reward: RewardSection | None = None
+    ppo: PPOSection | None = None
+    evaluate: EvaluateSection | None = None
+    hardware: HardwareSection = HardwareSection()
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _has_base(self) -> Recipe:
+        from_scratch = self.pretrain is not None and self.pretrain.architecture is not None
+        if (self.model.base is None) == (not from_scratch):
+            raise ValueError("give exactly one of model.base and pretrain.architecture")
+        return self
+
+    def stage_seed(self, stage: str) -> int:
+        """Seed of `stage`: its own, or the recipe's."""
+        own = getattr(self.section(stage), "seed", None)
+        return self.seed if own is None else own
+
+    def section(self, stage: str) -> Section:
+        """The section of `stage`.
+
+        Raises:
+            UserError: when the recipe has no such section.
+        """
+        section = getattr(self, stage, None)
+        if section is None:
+            raise UserError(f"recipe {self.name}: no section `{stage}`: add one, or pick a recipe that has it")
+        return section
+
+    def uses_peft(self, stage: str) -> bool:
+        """Whether `stage` trains adapters."""
+        return self.peft is not None and stage in self.peft.stages
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPE_DIR.glob("*.yaml"))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Path of a shipped recipe by name, or of a user's YAML file.
+
+    Raises:
+        UserError: when there is neither.
+    """
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or os.sep in name_or_path:
+        if path.is_file():
+            return path
+        raise UserError(f"--recipe {name_or_path}: no such file: give a path that exists or one of {recipe_names()}")
+    shipped = RECIPE_DIR / f"{name_or_path}.yaml"
+    if shipped.is_file():
+        return shipped
+    near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped are {recipe_names()}"
+    raise UserError(f"--recipe {name_or_path}: no such recipe: {hint} (or give the path of a YAML file)")
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply dotted overrides such as `ppo.kl_coef=0.1`.
+
+    Raises:
+        UserError: unknown file, key or override, wrong type, value out of range, sizes that do not fit.
+    """
+    path = find_recipe(name_or_path)
+    data = read_yaml(path)
+    data.setdefault("name", path.stem)
+    for override in overrides or []:
+        apply_override(data, override)
+    return validate(Recipe, data, f"recipe {path.name}")
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set `a.b.0.c=value` in nested `data`; a value is read as YAML.
+
+    Raises:
+        UserError: when `override` is not `key=value`, or walks through something that has no keys.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: not of the form section.key=value, for example ppo.kl_coef=0.1")
+    *parents, last = key.split(".")
+    node: Any = data
+    for depth, part in enumerate(parents):
+        if isinstance(node, list):
+            node = _item(node, part, key)
+        elif isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            walked = ".".join(parents[:depth])
+            raise UserError(f"override {override!r}: `{walked}` is {node!r}, which has no keys: check the path")
+    if isinstance(node, list):
+        _item(node, last, key)
+        node[int(last)] = parse_scalar(value)
+    elif isinstance(node, dict):
+        node[last] = parse_scalar(value)
+    else:
+        raise UserError(f"override {override!r}: `{'.'.join(parents)}` is {node!r}, which has no keys: check the path")
+
+
+def _item(node: list[Any], part: str, key: str) -> Any:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"override {key}: {part!r} is no index of a list of {len(node)}: use 0..{len(node) - 1}")
+    return node[int(part)]

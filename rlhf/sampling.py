@@ -1,0 +1,110 @@
+"""Sampling responses from a published model: EOS rates, reward statistics, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from rlhf.data import Renderer
+from rlhf.models import position_ids, response_logprobs
+from rlhf.ppo.generation import PlainGenerator
+from rlhf.ppo.generation.plain import left_pad
+from rlhf.ppo.rollout import uniforms
+
+
+@dataclass
+class Samples:
+    """Responses to prompts: text, unpadded ids (EOS included), and whether each ended by itself."""
+
+    prompts: list[str]
+    prompt_ids: list[list[int]]
+    responses: list[str]
+    response_ids: list[list[int]]
+    has_eos: list[bool]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens per response, EOS included."""
+        return [len(ids) for ids in self.response_ids]
+
+    @property
+    def eos_rate(self) -> float:
+        """Share of responses that ended by themselves."""
+        return sum(self.has_eos) / len(self.has_eos)
+
+
+def sample_responses(
+    model: PreTrainedModel,
+    renderer: Renderer,
+    prompts: list,
+    length: int,
+    temperature: float,
+    seed: int,
+    top_p: float = 1.0,
+    stop_strings: list[str] | None = None,
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> Samples:
+    """One response per prompt; response i depends on the model, the prompt, the seed and i alone."""
+    model.generation_config = GenerationConfig()  # the base's own top-k or repetition penalty is not our policy
+    generator = PlainGenerator(model, renderer.tokenizer, stop_strings or [], autocast=dtype)
+    ids = [renderer.prompt_ids(prompt) for prompt in prompts]
+    noise = uniforms(len(ids), length, seed)
+    response_ids, finished = [], []
+    for first in range(0, len(ids), batch_size):
+        part = slice(first, first + batch_size)
+        out = generator.generate(ids[part], noise[part], temperature, top_p)
+        rows = zip(out.response_ids.cpu(), out.response_mask.cpu(), strict=True)
+        response_ids += [row[keep].tolist() for row, keep in rows]
+        finished += out.finished.tolist()
+    texts = [renderer.decode_response(row) for row in response_ids]
+    return Samples([renderer.prompt_text(p) for p in prompts], ids, texts, response_ids, finished)
+
+
+@torch.no_grad()
+def response_logprob_sums(
+    model: PreTrainedModel, samples: Samples, temperature: float, pad_id: int, batch_size: int = 32
+) -> list[float]:
+    """Log-probability of each response under `model`, in nats, summed over its tokens."""
+    device = next(model.parameters()).device
+    sums: list[float] = []
+    for first in range(0, len(samples.prompt_ids), batch_size):
+        part = slice(first, first + batch_size)
+        input_ids, attention_mask, length = _join(samples.prompt_ids[part], samples.response_ids[part], pad_id)
+        logprobs, _, _ = response_logprobs(
+            model, input_ids.to(device), attention_mask.to(device), length, temperature, entropy=False
+        )
+        keep = attention_mask[:, -length:].bool().to(device)
+        sums += torch.where(keep, logprobs, 0).sum(dim=1).tolist()
+    return sums
+
+
+@torch.no_grad()
+def score_sequences(
+    model: PreTrainedModel, sequences: list[list[int]], pad_id: int, batch_size: int = 32
+) -> list[float]:
+    """Raw reward of each sequence of ids (prompt and response), read at its last token."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))  # little padding
+    scores = [0.0] * len(sequences)
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        input_ids, attention_mask = left_pad([sequences[i] for i in rows], pad_id)
+        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+        out = model.base_model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask))
+        values = model.score(out.last_hidden_state[:, -1].to(model.score.weight.dtype)).squeeze(-1).float()
+        for row, value in zip(rows, values.tolist(), strict=True):
+            scores[row] = value
+    return scores
+
+
+def _join(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor, int]:
+    """Left-padded prompts and right-padded responses [b,P+R], the attention mask, and R."""
+    ids, mask = left_pad(prompts, pad_id)
+    length = max(len(row) for row in responses)
+    tail = torch.tensor([row + [pad_id] * (length - len(row)) for row in responses])
+    keep = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in responses])
+    return torch.cat([ids, tail], dim=1), torch.cat([mask, keep], dim=1), length

@@ -1,0 +1,362 @@
+"""Running a stage: fingerprint, skip or resume, verified inputs, atomic hand-over.
+
+A `Stage` says what it reads and how it builds; `run_stage` does everything that all stages share.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlhf.artifacts import Artifact, finish, partial_dir, publish, recover, sha256_json, write_json
+from rlhf.data import data_fingerprint, load_data_recipe
+from rlhf.errors import UserError
+from rlhf.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT = "fingerprint.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "rlhf-accelerate")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage reads and how it builds.
+
+    Attributes:
+        name: folder name of its artifact and its section in the recipe.
+        version: raised when the code changes what the stage produces; part of the fingerprint.
+        inputs: artifacts it reads, as names of stages of the same run or paths.
+        data: names of the data recipes it reads.
+        check: raises UserError for whatever can be known before a model is loaded.
+        build: writes the artifact's files into `ctx.dir` and returns the manifest's stage-specific part.
+    """
+
+    name: str
+    version: int
+    inputs: Callable[[Recipe], list[str]]
+    data: Callable[[Recipe], list[str]]
+    check: Callable[[StageContext], None]
+    build: Callable[[StageContext], dict[str, Any]]
+
+
+@dataclass
+class StageContext:
+    """What a running stage knows. `dir` is the `.partial` folder that it writes into."""
+
+    stage: Stage
+    recipe: Recipe
+    root: Path
+    run: str
+    inputs: dict[str, Artifact] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    resumed: bool = False
+
+    @property
+    def final(self) -> Path:
+        """Place of the finished artifact."""
+        return self.root / self.run / self.stage.name
+
+    @property
+    def dir(self) -> Path:
+        """Folder that the stage builds in."""
+        return partial_dir(self.final)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training state for resume; pruned before the stage is published."""
+        return self.dir / "checkpoints"
+
+    @property
+    def seed(self) -> int:
+        """Seed of this stage."""
+        return self.recipe.stage_seed(self.stage.name)
+
+    def resolve(self, reference: str) -> Path:
+        """Path of an input: a stage of this run by name, or any path."""
+        return self.root / self.run / reference if _is_stage_name(reference) else Path(reference)
+
+
+def _is_stage_name(reference: str) -> bool:
+    return os.sep not in reference and not reference.startswith(".")
+
+
+def is_main_process() -> bool:
+    """Rank 0 of a launch, known from the environment alone (before torch is imported)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def fingerprint(stage: Stage, ctx: StageContext) -> dict[str, Any]:
+    """Everything that decides what the stage produces, and nothing else."""
+    recipe = ctx.recipe
+    section = recipe.section(stage.name).model_dump(mode="json")
+    peft = recipe.peft.model_dump(mode="json") if recipe.uses_peft(stage.name) and recipe.peft else None
+    return {
+        "stage": stage.name,
+        "version": stage.version,
+        "section": section,
+        "model": recipe.model.model_dump(mode="json"),
+        "peft": peft,
+        "precision": recipe.hardware.precision,
+        "seed": ctx.seed,
+        "inputs": {name: artifact.hash for name, artifact in ctx.inputs.items()},
+        "data": {name: data_fingerprint(load_data_recipe(name)) for name in sorted(set(stage.data(recipe)))},
+    }
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf that differs between two fingerprints."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [
+            line for key in keys for line in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if old == new else [f"{prefix} {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def load_inputs(ctx: StageContext, missing_ok: bool = False) -> None:
+    """Load the manifests of the inputs.
+
+    Args:
+        missing_ok: report an input that is not built yet instead of raising (dry run).
+
+    Raises:
+        UserError: the stage is out of order, or an input is unfinished or damaged.
+    """
+    for reference in ctx.stage.inputs(ctx.recipe):
+        path = ctx.resolve(reference)
+        if missing_ok and not path.is_dir():
+            logger.info("input %s: not built yet", path)
+            continue
+        if not path.is_dir() and _is_stage_name(reference):
+            raise UserError(
+                f"stage {ctx.stage.name}: needs {path}, which is not there: run `make {reference}` first "
+                f"(same RUN and ARTIFACTS)"
+            )
+        ctx.inputs[reference] = Artifact.load(path)
+
+
+def check_lineage(ctx: StageContext) -> None:
+    """Inputs must speak the same tokens: one tokenizer and one chat template along the chain.
+
+    Raises:
+        UserError: two inputs differ in tokenizer or chat template, or pad and EOS are one token.
+    """
+    first: Artifact | None = None
+    for reference, artifact in ctx.inputs.items():
+        tokens = artifact.manifest.get("tokenizer")
+        if tokens is None:
+            continue
+        if tokens["pad_id"] == tokens["eos_id"]:
+            raise UserError(
+                f"artifact {reference}: pad and eos are both token {tokens['eos_id']}, which hides the real EOS: "
+                "set model.pad_token and redo sft"
+            )
+        if first is None:
+            first = artifact
+            continue
+        mine = first.manifest["tokenizer"]
+        for key, what in (("hash", "tokenizer"), ("chat_template_hash", "chat template")):
+            if mine[key] != tokens[key]:
+                raise UserError(
+                    f"artifact {reference}: its {what} ({str(tokens[key])[:12]}) is not that of {first.stage} "
+                    f"({str(mine[key])[:12]}): redo {reference} from this run's {first.stage}"
+                )
+
+
+def stale_inputs(ctx: StageContext) -> list[str]:
+    """Inputs of this run that the recipe at hand would build differently."""
+    stale = []
+    for reference, artifact in ctx.inputs.items():
+        if not _is_stage_name(reference):
+            continue
+        recorded = artifact.manifest["fingerprint"]
+        section = ctx.recipe.section(reference).model_dump(mode="json")
+        changed = differences(recorded["section"], section)
+        changed += differences(recorded["model"], ctx.recipe.model.model_dump(mode="json"), "model")
+        if changed:
+            stale.append(f"{reference} ({'; '.join(changed[:3])})")
+    return stale
+
+
+def plan(ctx: StageContext, force: bool) -> str:
+    """What would happen: skip, build, rebuild or resume.
+
+    Raises:
+        UserError: a `.partial` of another fingerprint is in the way.
+    """
+    ctx.fingerprint = fingerprint(ctx.stage, ctx)
+    if ctx.final.is_dir() and not force:
+        recorded = Artifact.load(ctx.final).manifest["fingerprint"]
+        changed = differences(recorded, ctx.fingerprint)
+        if not changed:
+            return "skip"
+        logger.info("%s: rebuilding, because %s", ctx.final, "; ".join(changed[:5]))
+    marker = ctx.dir / FINGERPRINT
+    if not ctx.dir.is_dir() or force:
+        return "rebuild" if ctx.final.is_dir() else "build"
+    try:
+        started = json.loads(marker.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return "build"  # died before its first line of work: nothing to resume, nothing to lose
+    changed = differences(started, ctx.fingerprint)
+    if changed:
+        raise UserError(
+            f"{ctx.dir}: an interrupted {ctx.stage.name} of another recipe is there ({'; '.join(changed[:3])}): "
+            "run it with its old settings to continue, or FORCE=1 to discard it"
+        )
+    return "resume"
+
+
+def run_stage(
+    stage: Stage, recipe: Recipe, root: Path, run: str | None = None, force: bool = False, dry_run: bool = False
+) -> Artifact | None:
+    """Run `stage` of `recipe` below `root`; returns its artifact (None on a dry run).
+
+    Raises:
+        UserError: bad input, inputs that are missing, damaged or do not fit together.
+    """
+    ctx = StageContext(stage, recipe, Path(root), run or recipe.name)
+    recipe.section(stage.name)
+    if is_main_process() and not dry_run:
+        recover(ctx.final)
+    load_inputs(ctx, missing_ok=dry_run)
+    check_lineage(ctx)
+    action = plan(ctx, force)
+    if dry_run:
+        describe(ctx, action)
+        return None
+    if action == "skip":
+        logger.info("%s: unchanged, skipped (FORCE=1 redoes it)", ctx.final)
+        return Artifact.load(ctx.final)
+    for stale in stale_inputs(ctx):
+        logger.warning("input %s was built with other settings than this recipe's", stale)
+    if is_main_process():
+        for artifact in ctx.inputs.values():
+            artifact.verify()
+    stage.check(ctx)
+    return _build(ctx, action)
+
+
+def _build(ctx: StageContext, action: str) -> Artifact:
+    from accelerate import PartialState
+
+    started = time.perf_counter()
+    device = ctx.recipe.hardware.device
+    state = PartialState(cpu=True) if device == "cpu" else PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _prepare_dir(ctx, action)
+    state.wait_for_everyone()
+    ctx.resumed = action == "resume"
+    logger.info("%s: %s", ctx.final, "resuming" if ctx.resumed else "starting")
+    result = ctx.stage.build(ctx)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(ctx.dir, _manifest(ctx, result, time.perf_counter() - started))
+        publish(ctx.dir, ctx.final)
+    state.wait_for_everyone()
+    return Artifact.load(ctx.final)
+
+
+def _prepare_dir(ctx: StageContext, action: str) -> None:
+    if action != "resume":
+        shutil.rmtree(ctx.dir, ignore_errors=True)
+        ctx.dir.mkdir(parents=True)
+        write_json(ctx.dir / FINGERPRINT, ctx.fingerprint)
+
+
+def _manifest(ctx: StageContext, result: dict[str, Any], seconds: float) -> dict[str, Any]:
+    (ctx.dir / FINGERPRINT).unlink()
+    return {
+        "stage": ctx.stage.name,
+        "run": ctx.run,
+        "status": "complete",
+        "recipe": ctx.recipe.model_dump(mode="json"),
+        "recipe_hash": sha256_json(ctx.recipe.model_dump(mode="json")),
+        "fingerprint": ctx.fingerprint,
+        "inputs": {name: artifact.hash for name, artifact in ctx.inputs.items()},
+        "seed": ctx.seed,
+        "git_commit": git_commit(),
+        "packages": package_versions(),
+        "hardware": hardware(),
+        "wall_seconds": round(seconds, 2),
+        "peak_memory_gib": round(peak_memory_gib(), 3),
+        **result,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the code, with `+changes` when the tree is not clean; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide results, and of Python."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """What the stage ran on."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": gpus,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process in GiB: of the GPU where one was used, else resident memory."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**30
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
+
+
+def describe(ctx: StageContext, action: str) -> None:
+    """Log the resolved recipe, the fingerprint, the plan and a memory estimate (`--dry-run`)."""
+    import yaml
+
+    from rlhf.memory import estimate
+
+    logger.info("resolved recipe:\n%s", yaml.safe_dump(ctx.recipe.model_dump(mode="json"), sort_keys=False).rstrip())
+    logger.info("fingerprint: %s", sha256_json(ctx.fingerprint))
+    verb = {"skip": "be skipped: unchanged", "build": "be built", "rebuild": "be rebuilt", "resume": "be resumed"}
+    logger.info("%s would %s", ctx.final, verb[action])
+    for line in estimate(ctx):
+        logger.info("memory: %s", line)

@@ -1,0 +1,133 @@
+"""Micro-batch plans: hand-typed plans and the promises of the docstring as properties."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.ppo.packing import plan_micro_batches
+
+LENGTHS = st.lists(st.integers(1, 60), max_size=40)
+BUDGETS = st.integers(1, 300)
+RANKS = st.integers(1, 5)
+
+
+def greedy_count(lengths, max_tokens):
+    """Fewest micro-batches for these rows, by dynamic programming over the sorted rows."""
+    ordered = sorted(lengths, reverse=True)
+    best = [0] + [len(ordered)] * len(ordered)
+    for end in range(1, len(ordered) + 1):
+        for start in range(end):
+            if end - start == 1 or (end - start) * ordered[start] <= max_tokens:
+                best[end] = min(best[end], best[start] + 1)
+    return best[-1]
+
+
+def test_by_hand_one_rank():
+    # 9 alone (2 * 9 > 16); 8 and 7 (2 * 8 = 16); 3, 2, 2 (3 * 3 = 9)
+    assert plan_micro_batches([2, 9, 7, 3, 8, 2], max_tokens=16, num_ranks=1) == [[[1], [4, 2], [3, 0, 5]]]
+
+
+def test_by_hand_two_ranks():
+    # longest first to the lighter rank: 9 | 8; 9 | 8 + 7; 9 + 3 | 15; 12 + 2 | 15; 14 + 2 | 15
+    assert plan_micro_batches([2, 9, 7, 3, 8, 2], max_tokens=16, num_ranks=2) == [
+        [[1], [3, 0, 5]],
+        [[4], [2]],  # [4, 2] would fit, but rank 0 has two micro-batches: halved
+    ]
+
+
+def test_a_rank_with_too_few_rows_gets_empty_micro_batches():
+    assert plan_micro_batches([5, 1, 1, 1], max_tokens=1, num_ranks=2) == [[[0], [], []], [[1], [2], [3]]]
+    assert plan_micro_batches([4], max_tokens=8, num_ranks=3) == [[[0]], [[]], [[]]]
+    assert plan_micro_batches([3, 3, 2, 2, 2], max_tokens=1, num_ranks=2) == [[[0], [2], [4]], [[1], [3], []]]
+
+
+def test_halving_takes_the_largest_padded_area_and_keeps_the_order():
+    # Rank 0 needs three, rank 1 two. Areas on rank 1: [4, 3, 2] 12 against [5, 5] 10, though the latter is wider.
+    assert plan_micro_batches([8, 5, 5, 5, 4, 3, 3, 3, 2], max_tokens=12, num_ranks=2) == [
+        [[0], [3, 5], [7]],
+        [[1, 2], [4, 6], [8]],
+    ]
+    # [6, 5] 12 and [4, 3, 1] 12, though the latter has more rows: the first of equals
+    assert plan_micro_batches([9, 6, 5, 5, 4, 4, 3, 2, 1], max_tokens=13, num_ranks=2) == [
+        [[0], [3, 5], [7]],
+        [[1], [2], [4, 6, 8]],
+    ]
+
+
+def test_an_oversized_row_stands_alone():
+    assert plan_micro_batches([100, 2, 2], max_tokens=10, num_ranks=1) == [[[0], [1, 2]]]
+
+
+def test_no_rows():
+    assert plan_micro_batches([], max_tokens=10, num_ranks=2) == [[], []]
+
+
+def test_equal_lengths_keep_their_order():
+    assert plan_micro_batches([3, 3, 3, 3], max_tokens=6, num_ranks=1) == [[[0, 1], [2, 3]]]
+
+
+def test_small_numpy_integers_do_not_overflow():
+    lengths = np.array([100, 100, 100], dtype=np.int8)
+    assert plan_micro_batches(lengths, max_tokens=199, num_ranks=1) == [[[0], [1], [2]]]
+    assert plan_micro_batches(lengths, max_tokens=300, num_ranks=1) == [[[0, 1, 2]]]
+
+
+@given(LENGTHS, BUDGETS, RANKS)
+def test_every_row_exactly_once(lengths, max_tokens, num_ranks):
+    plan = plan_micro_batches(lengths, max_tokens, num_ranks)
+    assert len(plan) == num_ranks
+    assert sorted(row for rank in plan for rows in rank for row in rows) == list(range(len(lengths)))
+
+
+@given(LENGTHS, BUDGETS, RANKS)
+def test_padded_area_fits_the_budget_unless_one_row_alone_exceeds_it(lengths, max_tokens, num_ranks):
+    for rank in plan_micro_batches(lengths, max_tokens, num_ranks):
+        for rows in rank:
+            assert len(rows) <= 1 or len(rows) * max(lengths[row] for row in rows) <= max_tokens
+
+
+@given(LENGTHS, BUDGETS, RANKS)
+def test_all_ranks_take_part_equally_often_and_empty_ones_only_for_want_of_rows(lengths, max_tokens, num_ranks):
+    plan = plan_micro_batches(lengths, max_tokens, num_ranks)
+    counts = {len(rank) for rank in plan}
+    assert len(counts) == 1
+    for rank in plan:
+        if [] in rank:
+            assert all(len(rows) <= 1 for rows in rank)
+            assert rank == sorted(rank, key=lambda rows: not rows)  # the empty ones come last
+
+
+@given(LENGTHS, BUDGETS, RANKS)
+def test_no_more_micro_batches_than_needed(lengths, max_tokens, num_ranks):
+    plan = plan_micro_batches(lengths, max_tokens, num_ranks)
+    needed = [greedy_count([lengths[row] for rows in rank for row in rows], max_tokens) for rank in plan]
+    assert len(plan[0]) == max(needed)
+
+
+@given(LENGTHS, BUDGETS, RANKS)
+def test_ranks_differ_by_at_most_the_longest_row(lengths, max_tokens, num_ranks):
+    plan = plan_micro_batches(lengths, max_tokens, num_ranks)
+    tokens = [sum(lengths[row] for rows in rank for row in rows) for rank in plan]
+    assert max(tokens) - min(tokens) <= max(lengths, default=0)
+
+
+@given(LENGTHS, BUDGETS, RANKS)
+def test_each_rank_goes_from_long_to_short(lengths, max_tokens, num_ranks):
+    for rank in plan_micro_batches(lengths, max_tokens, num_ranks):
+        walked = [lengths[row] for rows in rank for row in rows]
+        assert walked == sorted(walked, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1], 0, 1), "max_tokens is 0; set ppo.max_tokens_per_micro_batch"),
+        (([1], 8, 0), "num_ranks is 0"),
+        (([0], 8, 1), r"lengths\[0\] is 0"),
+        (([3, 0], 8, 1), r"lengths\[1\] is 0; a row holds at least one token"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan_micro_batches(*arguments)
