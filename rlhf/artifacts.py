@@ -90,7 +90,9 @@ class Artifact:
         try:
             manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"artifact {directory}: no {MANIFEST}: not a finished stage; redo it with FORCE=1") from None
+            raise UserError(
+                f"artifact {directory}: no {MANIFEST}: not a finished stage; redo it with FORCE=1"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"artifact {directory}: {MANIFEST} is damaged ({error}): redo it with FORCE=1") from None
         version = manifest.get("schema_version") if isinstance(manifest, dict) else None

@@ -35,6 +35,8 @@ from rlhf.recipe import ModelSection, PeftSection, Recipe
 
 logger = logging.getLogger(__name__)
 
+transformers.utils.logging.disable_progress_bar()  # one bar per stage, not one per loaded or written file
+
 DROPOUT_KEYS = ("dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout")
 
 
@@ -63,7 +65,9 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(path), **kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {path}: cannot be loaded ({_first_line(error)}): check the path or Hub id") from None
+        raise UserError(
+            f"tokenizer {path}: cannot be loaded ({_first_line(error)}): check the path or Hub id"
+        ) from None
 
 
 def load_base_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
@@ -441,7 +445,9 @@ class Scorer(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         if not hasattr(model, "score"):
-            raise UserError(f"reward model {type(model).__name__}: has no `score` head: use a decoder-only architecture")
+            raise UserError(
+                f"reward model {type(model).__name__}: has no `score` head: use a decoder-only architecture"
+            )
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

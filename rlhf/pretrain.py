@@ -113,9 +113,7 @@ def check(ctx: StageContext) -> None:
 def build(ctx: StageContext) -> dict[str, Any]:
     """Train and write model/; see `Stage.build`."""
     section = ctx.recipe.pretrain
-    texts = [
-        row["text"] for name in section.data for row in load_rows(load_data_recipe(name), section.split, "text")
-    ]
+    texts = [row["text"] for name in section.data for row in load_rows(load_data_recipe(name), section.split, "text")]
     numpy.random.default_rng(ctx.seed).shuffle(texts)
     if section.architecture:
         tokenizer = train_tokenizer(texts, section.architecture.vocab_size)  # deterministic: the same on every rank

@@ -48,7 +48,9 @@ class PeftSection(Section):
 
     r: int = Field(16, ge=1, le=1024, description="Rank of the update.")
     lora_alpha: float = Field(32, gt=0, description="Scale: the update is multiplied by lora_alpha / r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter input (sft and reward; ppo uses 0).")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on the adapter input (sft and reward; ppo uses 0)."
+    )
     target_modules: str | list[str] = Field("all-linear", description="Module names, or 'all-linear'.")
     stages: list[Literal["sft", "reward", "ppo"]] = Field(
         ["sft", "reward", "ppo"], description="The stages that train adapters; the others train full weights."
@@ -91,7 +93,9 @@ class SftSection(Section):
     eval_split: str | None = Field("validation", description="Held-out split for loss and EOS rate; null = none.")
     max_length: int = Field(1024, ge=2, description="Longest prompt + completion in tokens; longer rows are dropped.")
     eos_prompts: int = Field(128, ge=0, description="Held-out prompts sampled to measure the EOS rate; 0 = skip.")
-    eos_max_new_tokens: int | None = Field(None, ge=1, description="Budget of that sampling; null = ppo.response_length.")
+    eos_max_new_tokens: int | None = Field(
+        None, ge=1, description="Budget of that sampling; null = ppo.response_length."
+    )
     limit: int | None = Field(None, ge=1, description="Use at most this many training rows.")
     trainer: dict[str, Any] = Field({}, description="Passed to TRL's SFTConfig, checked before anything loads.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
@@ -134,7 +138,9 @@ class PPOSection(Section):
     split: str = Field("train", description="Prompts to train on.")
     eval_split: str = Field("validation", description="Held-out prompts for `eval/*`.")
     rewards: list[RewardSource] = Field([RewardSource(artifact="reward")], min_length=1)
-    reward_aggregation: Literal["sum", "mean", "min"] = Field("sum", description="How weighted sources become one score.")
+    reward_aggregation: Literal["sum", "mean", "min"] = Field(
+        "sum", description="How weighted sources become one score."
+    )
 
     total_episodes: int = Field(10_000, ge=1, description="Episodes (prompt + response) of the whole run.")
     rollout_batch_size: int = Field(64, ge=1, description="Episodes sampled per ppo_step, over all ranks.")
@@ -144,7 +150,9 @@ class PPOSection(Section):
     max_prompt_length: int = Field(512, ge=1, description="Prompts of more tokens are dropped.")
     response_length: int = Field(53, ge=1, description="Most tokens of a response, EOS included. N+ (TL;DR).")
     temperature: float = Field(0.7, gt=0, description="Divides the logits of policy and reference alike. N+.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; below 1 makes log-probabilities biased. N+: 1.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Nucleus sampling; below 1 makes log-probabilities biased. N+: 1."
+    )
     stop_strings: list[str] = Field([], description="For base models: a response ends where one of these appears.")
 
     learning_rate: float = Field(3e-6, gt=0, description="AdamW peak, linear to 0. N+.")
@@ -161,13 +169,17 @@ class PPOSection(Section):
     kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL in the reward. N+.")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Schulman 2020; only k1 has the KL's gradient.")
     kl_target: float | None = Field(None, gt=0, description="Nats per response; adaptive coefficient. null = fixed.")
-    kl_horizon: int = Field(10_000, ge=1, description="Episodes; speed of the adaptive coefficient. Ziegler et al. 2019.")
+    kl_horizon: int = Field(
+        10_000, ge=1, description="Episodes; speed of the adaptive coefficient. Ziegler et al. 2019."
+    )
     target_kl: float | None = Field(None, gt=0, description="Mean approxkl that ends an update early; null = off.")
     max_kl: float | None = Field(None, gt=0, description="Nats per response; above it the run stops. null = off.")
 
     missing_eos_penalty: float | None = Field(1.0, gt=0, description="Positive x; null = off. N+: score = -1.")
     missing_eos_mode: Literal["replace", "subtract"] = Field("replace", description="score = -x, or score -= x.")
-    normalize_scores: bool = Field(False, description="Divide scores by their running std (after the manifest's shift).")
+    normalize_scores: bool = Field(
+        False, description="Divide scores by their running std (after the manifest's shift)."
+    )
     score_clip: float | None = Field(None, gt=0, description="Clip scores to +-this; null = off.")
 
     critic: Literal["separate", "shared"] = Field("separate", description="Own trunk, or a value head on the policy's.")
@@ -177,7 +189,9 @@ class PPOSection(Section):
     eval_every: int | None = Field(None, ge=1, description="ppo_steps between held-out evaluations; null = never.")
     eval_prompts: int = Field(64, ge=1, description="Held-out prompts per evaluation.")
     best_metric: str | None = Field("eval/rlhf_reward", description="Step with its maximum is kept; null = the last.")
-    checkpoint_every: int | None = Field(None, ge=1, description="ppo_steps between checkpoints; null = only at the end.")
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="ppo_steps between checkpoints; null = only at the end."
+    )
     sample_every: int = Field(10, ge=1, description="ppo_steps between rows in samples.jsonl.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
@@ -249,13 +263,17 @@ class HardwareSection(Section):
     """Where and how precisely to compute."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = a GPU when there is one.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto = bf16 on GPUs that have it, else fp32.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto = bf16 on GPUs that have it, else fp32."
+    )
 
 
 class LoggingSection(Section):
     """Trackers beside metrics.jsonl, which is always written."""
 
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(["tensorboard"], description="Trackers by name.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        ["tensorboard"], description="Trackers by name."
+    )
     project: str = Field("rlhf", description="Project name for wandb and trackio.")
     samples: int = Field(8, ge=1, description="Fixed prompts (and as many random ones) in samples.jsonl.")
 

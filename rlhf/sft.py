@@ -53,7 +53,9 @@ def rendered_rows(rows: list[dict], renderer: Renderer, max_length: int, where: 
     if not input_ids:
         raise UserError(f"{where}: none of {len(rows)} rows fits max_length {max_length} tokens: raise it")
     if len(input_ids) < len(rows):
-        logger.info("%s: dropped %d of %d rows above %d tokens", where, len(rows) - len(input_ids), len(rows), max_length)
+        logger.info(
+            "%s: dropped %d of %d rows above %d tokens", where, len(rows) - len(input_ids), len(rows), max_length
+        )
     return Dataset.from_dict({"input_ids": input_ids, "completion_mask": masks})
 
 

@@ -121,7 +121,9 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(set(old) | set(new))
         return [
-            line for key in keys for line in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
         ]
     return [] if old == new else [f"{prefix} {_short(old)} -> {_short(new)}"]
 

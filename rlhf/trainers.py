@@ -96,9 +96,11 @@ def trainer_args(config_cls: type, values: dict[str, Any], ctx: StageContext, **
 
 def run_trainer(trainer: Trainer, ctx: StageContext) -> dict[str, float]:
     """Train, from the newest whole checkpoint if there is one; metrics.jsonl on the way."""
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, ProgressCallback
 
-    trainer.remove_callback(PrinterCallback)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(progress_bar(ctx.stage.name))
     trainer.add_callback(trainer_callback(ctx.dir))
     trainer.add_callback(whole_checkpoints())
     checkpoint = newest_checkpoint(ctx.checkpoints)
@@ -106,6 +108,24 @@ def run_trainer(trainer: Trainer, ctx: StageContext) -> dict[str, float]:
         logger.info("continuing from %s", checkpoint)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return {key: float(value) for key, value in result.metrics.items() if key == "train_loss"}
+
+
+def progress_bar(stage: str) -> Any:
+    """transformers' progress bar with the numbers beside it instead of one line each."""
+    from transformers import ProgressCallback
+
+    class Bar(ProgressCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_train_begin(args, state, control, **kwargs)
+            if self.training_bar is not None:
+                self.training_bar.set_description(stage)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            shown = [f"{key} {logs[key]:.3g}" for key in ("loss", "accuracy", "eval_loss") if key in (logs or {})]
+            if self.training_bar is not None and shown:
+                self.training_bar.set_postfix_str(", ".join(shown))
+
+    return Bar()
 
 
 WHOLE = "whole"  # marker file: transformers writes a checkpoint's files one by one

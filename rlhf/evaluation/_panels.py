@@ -20,9 +20,14 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#555555"
 
 
+def display_name(name: str) -> str:
+    """Policy name for people: the acronyms of our stages in capitals, others as they are."""
+    return name.upper() if name in {"sft", "ppo"} else name
+
+
 def score_histograms(axes: Axes, samples: Sequence[PolicySamples], judge: str) -> None:
     """Overlaid histograms of the judge's scores on common bins, with the means as dashed lines."""
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     every = np.concatenate([np.asarray(policy.scores[judge], dtype=np.float64) for policy in samples])
     # Probabilities and compound scores keep their natural range, so that pictures of two runs can be compared.
@@ -31,18 +36,22 @@ def score_histograms(axes: Axes, samples: Sequence[PolicySamples], judge: str) -
         low, high = 0.0, 1.0
     elif low >= -1.0 and high <= 1.0:
         low, high = -1.0, 1.0
-    bins = np.linspace(low, high if high > low else low + 1.0, 21)
+    bins = np.linspace(low, high if high > low else low + 1.0, 21).tolist()
     for index, policy in enumerate(samples):
         scores = np.asarray(policy.scores[judge], dtype=np.float64)
-        colour, weights = _colour(index), np.full(len(scores), 1.0 / len(scores))
+        colour, weights = _colour(index), np.full(len(scores), 100.0 / len(scores))
         axes.hist(scores, bins, weights=weights, color=colour, alpha=0.35)
-        label = f"{_name(policy.name)}, mean {scores.mean():.2f}"
+        label = f"{display_name(policy.name)}, mean {scores.mean():.2f}"
         axes.hist(scores, bins, weights=weights, histtype="step", color=colour, linewidth=1.6, label=label)
-        axes.axvline(scores.mean(), color=colour, linestyle="--", linewidth=1.6)
     axes.set_xlim(bins[0], bins[-1])
-    # Room above the bars, so that the legend covers none of them.
-    axes.set_ylim(0, axes.get_ylim()[1] * (1.1 + 0.08 * len(samples)))
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    # Room above the bars, so that the legend covers neither them nor the lines of the means.
+    headroom = 1.08 + 0.08 * len(samples)
+    axes.set_ylim(0, axes.get_ylim()[1] * headroom)
+    for index, policy in enumerate(samples):
+        mean = float(np.mean(policy.scores[judge]))
+        axes.axvline(mean, 0, 1 / headroom, color=_colour(index), linestyle="--", linewidth=1.6)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     probability = (bins[0], bins[-1]) == (0.0, 1.0)
     axes.set_xlabel(f"{judge}: P(good) of a response" if probability else f"{judge}: score of a response")
     axes.set_ylabel("share of responses")
@@ -81,13 +90,14 @@ def reward_against_kl(axes: Axes, history: pd.DataFrame | None) -> None:
 
 def summary_bars(figure: Figure, place: SubplotSpec, result: Mapping[str, Any], judge: str) -> None:
     """Win rate with its interval above small bars of length, EOS rate and distinct-2."""
-    metrics, first, *others = result["metrics"], *result["policies"]
+    metrics = result["metrics"]
+    first, *others = result["policies"]
     rows = place.subgridspec(4, 1, height_ratios=[1.0 + 0.35 * (len(others) - 1), 1.25, 1.25, 1.25], hspace=0.08)
     _win_rates(figure.add_subplot(rows[0]), metrics, first, others, judge)
     measures = [
         ("response length, tokens", "length_mean", ".1f", None),
         ("EOS rate", "eos_rate", ".0%", 1.0),
-        ("distinct-2", "distinct_2", ".2f", 1.0),
+        ("distinct-2", "distinct_2", ".2f", None),
     ]
     for position, (title, key, form, limit) in enumerate(measures, start=1):
         axes = figure.add_subplot(rows[position])
@@ -99,7 +109,7 @@ def summary_bars(figure: Figure, place: SubplotSpec, result: Mapping[str, Any], 
             axes.text(value + 0.015 * reach, index, format(value, form), va="center", fontsize=10)
         axes.set_xlim(0, reach)
         axes.set_ylim(len(values) - 0.5, -0.5)
-        axes.set_yticks(range(len(values)), [_name(name) for name in result["policies"]])
+        axes.set_yticks(range(len(values)), [display_name(name) for name in result["policies"]])
         axes.set_xticks([])
         axes.set_title(title, loc="left", fontsize=10.5)
         _tidy(axes, bottom=False)
@@ -112,19 +122,17 @@ def _win_rates(axes: Axes, metrics: Mapping[str, float], first: str, others: Seq
         value, low, high = (metrics[key + suffix] for suffix in ("", "_low", "_high"))
         axes.plot([low, high], [index, index], color=_colour(index + 1), linewidth=4, solid_capstyle="butt", alpha=0.55)
         axes.plot(value, index, marker="o", markersize=8, color=_colour(index + 1))
-        # The text stands where the interval is not.
-        left = value > 0.55
+        # The text stands at the far end of the half where the interval is not.
         axes.text(
-            low - 0.03 if left else high + 0.03, index, f"{value:.0%} [{low:.0%}, {high:.0%}]",
-            ha="right" if left else "left", va="center", fontsize=10,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+            *((0.02, index) if value > 0.5 else (0.98, index)), f"{value:.0%} [{low:.0%}, {high:.0%}]",
+            ha="left" if value > 0.5 else "right", va="center", fontsize=10,
         )  # fmt: skip
     axes.axvline(0.5, color=_GREY, linestyle=":", linewidth=1.4, zorder=0)
     axes.set_xlim(0, 1)
     axes.set_ylim(len(others) - 0.5, -0.5)
-    axes.set_yticks(range(len(others)), [_name(name) for name in others])
-    axes.set_xticks([0, 0.5, 1.0], ["0", "50 %", "100 %"], fontsize=9)
-    axes.set_title(f"win rate over {_name(first)} by {judge}, 95 % interval", loc="left", fontsize=10.5)
+    axes.set_yticks(range(len(others)), [display_name(name) for name in others])
+    axes.set_xticks([0, 0.5, 1.0], ["0%", "50%", "100%"], fontsize=9)
+    axes.set_title(f"win rate over {display_name(first)} by {judge}, 95 % interval", loc="left", fontsize=10.5)
     _tidy(axes)
     axes.tick_params(axis="y", length=0)
 
@@ -139,12 +147,6 @@ def _curve(history: pd.DataFrame | None, x: str, y: str) -> tuple[np.ndarray, np
 
 def _colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
-
-
-def _name(name: str) -> str:
-    from rlhf.evaluation.report import display_name
-
-    return display_name(name)
 
 
 def _tidy(axes: Axes, bottom: bool = True) -> None:

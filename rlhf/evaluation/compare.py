@@ -78,8 +78,8 @@ def compare(samples: Sequence[PolicySamples], *, num_resamples: int = 2000, seed
         metrics[f"{policy.name}/repetition_4"] = repetition_rate(policy.responses, 4)
     for policy in samples[1:]:
         pair = f"{policy.name}_vs_{baseline.name}"
-        for score, values in policy.scores.items():
-            wins = win_rate(values, baseline.scores[score], clusters=clusters, num_resamples=num_resamples, seed=seed)
+        for score, scores in policy.scores.items():
+            wins = win_rate(scores, baseline.scores[score], clusters=clusters, num_resamples=num_resamples, seed=seed)
             add(f"{pair}/win_rate_{score}", wins)
         before = _measures(baseline)
         for measure, values in _measures(policy).items():
@@ -130,7 +130,7 @@ def _check(samples: Sequence[PolicySamples]) -> None:
 
 
 def _check_lists(policy: PolicySamples, where: str) -> None:
-    lists = {
+    lists: dict[str, Sequence[Any]] = {
         "responses": policy.responses,
         "lengths": policy.lengths,
         "has_eos": policy.has_eos,
@@ -139,7 +139,8 @@ def _check_lists(policy: PolicySamples, where: str) -> None:
     }
     for name, values in lists.items():
         if len(values) != len(policy.prompts):
-            raise UserError(f"{where}: {name} has {len(values)} entries for {len(policy.prompts)} prompts; give one each")
+            counts = f"{len(values)} entries for {len(policy.prompts)} prompts"
+            raise UserError(f"{where}: {name} has {counts}; give one per response")
     for name, array in _measures(policy).items():
         if not np.isfinite(array).all():
             index = int(np.flatnonzero(~np.isfinite(array))[0])

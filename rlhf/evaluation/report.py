@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf.errors import UserError
+from rlhf.evaluation import _panels
+from rlhf.evaluation._panels import display_name
 from rlhf.evaluation.compare import PolicySamples
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ def comparison_table(result: Mapping[str, Any]) -> str:
     One row per measure; a column per policy, and one per policy after the first with its change against the first.
     Brackets hold 95 % bootstrap intervals over prompts.
     """
-    metrics, first, *others = result["metrics"], *result["policies"]
+    metrics = result["metrics"]
+    first, *others = result["policies"]
     header = ["measure", display_name(first)]
     for name in others:
         header += [display_name(name), "change" if len(others) == 1 else f"change of {display_name(name)}"]
@@ -82,20 +85,17 @@ def plot_comparison(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from rlhf.evaluation import _panels
-
     judge = main_judge(result["scores"], judge)
-    figure = Figure(figsize=(14.5, 4.9), dpi=130, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(14.5, 4.9), dpi=130, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.06, wspace=0.02)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06, wspace=0.02)
     outer = figure.add_gridspec(1, 3, width_ratios=[1.05, 1.0, 1.0])
     _panels.score_histograms(figure.add_subplot(outer[0]), samples, judge)
     _panels.reward_against_kl(figure.add_subplot(outer[1]), history)
     _panels.summary_bars(figure, outer[2], result, judge)
     names = [display_name(name) for name in result["policies"]]
     figure.suptitle(
-        f"What {' and '.join(names[1:])} changed against {names[0]}"
-        f"  ({result['num_prompts']:,} held-out prompts)",
+        f"What {' and '.join(names[1:])} changed against {names[0]}  ({result['num_prompts']:,} held-out prompts)",
         fontsize=14,
         fontweight="bold",
     )
@@ -182,11 +182,6 @@ def escape_markdown(text: str) -> str:
     return "<br>".join(escaped.splitlines())
 
 
-def display_name(name: str) -> str:
-    """Policy name for people: the acronyms of our stages in capitals, others as they are."""
-    return name.upper() if name in {"sft", "ppo"} else name
-
-
 def main_judge(scores: Sequence[str], judge: str | None = None) -> str:
     """The score that picture and samples go by: the one asked for, else `judge`, else the last.
 
@@ -195,7 +190,7 @@ def main_judge(scores: Sequence[str], judge: str | None = None) -> str:
     """
     if judge is None and scores:
         return "judge" if "judge" in scores else scores[-1]
-    if judge not in scores:
+    if judge is None or judge not in scores:
         raise UserError(f"report: judge {judge!r} is not among the scores {list(scores)}; name one of them")
     return judge
 
@@ -211,9 +206,10 @@ def _table_measures(scores: Sequence[str]) -> list[tuple[str, str, str, int]]:
     ]
 
 
-def _with_interval(metrics: Mapping[str, float], key: str, digits: int, sign: str = "-") -> str:
+def _with_interval(metrics: Mapping[str, float], key: str, digits: int, sign: str = "") -> str:
     value, low, high = (metrics[key + suffix] for suffix in ("", "_low", "_high"))
-    shown = [f"{number:z{'+' if sign == '+' else ''}.{digits}f}" for number in (value, low, high)]
+    # "z": a change that rounds to nothing reads 0.000, not -0.000.
+    shown = [f"{number:{sign}z.{digits}f}" for number in (value, low, high)]
     return shown[0] if low == high else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 

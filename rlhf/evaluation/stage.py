@@ -48,7 +48,8 @@ def build(ctx: StageContext) -> dict[str, Any]:
     rows = load_rows(data, section.split, "prompts", limit=section.prompts)
     samples = sample_policies(ctx, renderer, [row["prompt"] for row in rows])
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-    policies = [judged(ctx, name, *samples[name], tokenizer.pad_token_id, columns) for name in POLICIES]
+    judges = {judge.name: load_judge(judge) for judge in section.judges}
+    policies = [judged(ctx, name, *samples[name], tokenizer.pad_token_id, columns, judges) for name in POLICIES]
     result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed)
     history = ctx.inputs["ppo"].metrics()
     write_report(ctx.dir, result, policies, history, judge=headline_judge(ctx.recipe), seed=ctx.seed)
@@ -89,7 +90,13 @@ def sample_policies(ctx: StageContext, renderer: Renderer, prompts: list) -> dic
 
 
 def judged(
-    ctx: StageContext, name: str, samples: Samples, kl: list[float], pad_id: int, columns: dict[str, list]
+    ctx: StageContext,
+    name: str,
+    samples: Samples,
+    kl: list[float],
+    pad_id: int,
+    columns: dict[str, list],
+    judges: dict[str, TextFunction],
 ) -> PolicySamples:
     """One policy's samples with every reward and judge score."""
     scores: dict[str, list[float]] = {}
@@ -99,9 +106,8 @@ def judged(
         else:
             function = load_function(source.function)
             scores[function.__name__] = call_text_function(function, samples.prompts, samples.responses, columns)
-    for judge in ctx.recipe.evaluate.judges:
-        function = load_judge(judge)
-        scores[judge.name] = call_text_function(function, samples.prompts, samples.responses, columns)
+    for judge, function in judges.items():
+        scores[judge] = call_text_function(function, samples.prompts, samples.responses, columns)
     return PolicySamples(name, samples.prompts, samples.responses, samples.lengths, samples.has_eos, kl, scores)
 
 

@@ -86,9 +86,7 @@ def win_rate(
     if first.shape != second.shape:
         raise UserError(f"win rate: got {len(first)} and {len(second)} scores; score both policies on the same prompts")
     wins = (first > second) + 0.5 * (first == second)
-    return bootstrap_interval(
-        wins, clusters=clusters, confidence=confidence, num_resamples=num_resamples, seed=seed
-    )
+    return bootstrap_interval(wins, clusters=clusters, confidence=confidence, num_resamples=num_resamples, seed=seed)
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Interval:
@@ -113,8 +111,10 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Inter
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # Rounding may put the limit of 0 or n successes a hair outside the range that it must touch.
-    return Interval(p, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale), n)
+    # Exact at the ends, where rounding would leave 2e-17 instead of 0.
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
+    return Interval(p, low, high, n)
 
 
 def _cluster_totals(
@@ -127,7 +127,7 @@ def _cluster_totals(
         raise UserError(f"bootstrap: got {len(clusters)} clusters for {len(values)} values; give one per value")
     position: dict[Hashable, int] = {}
     index = np.array([position.setdefault(cluster, len(position)) for cluster in clusters])
-    return np.bincount(index, weights=values), np.bincount(index).astype(np.float64)
+    return np.bincount(index, weights=values).astype(np.float64), np.bincount(index).astype(np.float64)
 
 
 def _resampled_means(

@@ -60,7 +60,7 @@ def distinct_n(responses: Sequence[str], n: int = 2) -> float:
 
 
 def repetition_rate(responses: Sequence[str], n: int = 4) -> float:
-    """Mean over responses of the share of n-grams that occurred earlier in the same response (Welleck et al. 2020, rep-n).
+    """Mean share of n-grams that occurred earlier in the same response (Welleck et al. 2020, rep-n).
 
     Args:
         responses: texts, one per prompt.

@@ -271,4 +271,6 @@ def _load(model: nn.Module, state: dict[str, Tensor], prefix: str, adapters_only
     named = dict(model.named_parameters())  # a tied weight appears once here, and needs one tensor
     missing = [key for key in named if key in result.missing_keys and ("lora_" in key or not adapters_only)]
     if result.unexpected_keys or missing:
-        raise RuntimeError(f"trained tensors do not fit: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}")
+        raise RuntimeError(
+            f"trained tensors do not fit: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}"
+        )

@@ -61,7 +61,9 @@ def check(ctx: StageContext) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     for key in ("rollout_batch_size", "eval_prompts"):
         if getattr(config, key) % ranks:
-            raise UserError(f"ppo.{key} {getattr(config, key)}: does not divide by {ranks} processes: change one of them")
+            raise UserError(
+                f"ppo.{key} {getattr(config, key)}: does not divide by {ranks} processes: change one of them"
+            )
     for source in config.rewards:
         if source.function is not None:
             load_function(source.function)

@@ -409,7 +409,7 @@ def _per_response(x: Tensor, mask: Tensor) -> float:
     return float(torch.where(mask, x, 0).sum(dim=1).mean())
 
 
-def _sync_gradients(accelerator: Accelerator, model: nn.Module, last: bool):  # noqa: ANN202 - a context manager
+def _sync_gradients(accelerator: Accelerator, model: nn.Module, last: bool):
     """Exchange gradients only with the last micro-batch."""
     from contextlib import nullcontext
 

@@ -94,7 +94,9 @@ def build(ctx: StageContext) -> dict[str, Any]:
         if section.baselines:
             metrics |= baselines(train_rows, test_rows)
         result["reward_statistics"] = measured.statistics()
-        write_card(ctx, metrics | result["reward_statistics"], "Scalar reward model; scores are raw (see the manifest).")
+        write_card(
+            ctx, metrics | result["reward_statistics"], "Scalar reward model; scores are raw (see the manifest)."
+        )
     return result
 
 

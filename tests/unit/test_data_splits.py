@@ -44,7 +44,7 @@ def test_a_side_depends_on_key_and_seed_alone():
 
 
 def test_full_shares_leave_no_row_out():
-    shares = {name: 0.1 for name in "abcdefghij"}  # sums to 0.9999999999999999
+    shares = dict.fromkeys("abcdefghij", 0.1)  # sums to 0.9999999999999999
     assert None not in assign_splits(KEYS, SplitSpec(fractions=shares))
 
 
