@@ -10,33 +10,47 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
 
 BAD_INPUT = 2
+OPTIONAL = ("pretrain", "evaluate")  # `make sft` and `make ppo` call these for every recipe
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 logger = logging.getLogger("rlhf")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}: --help lists the arguments")
+
+
 def parse(stage: str, argv: list[str] | None) -> argparse.Namespace:
-    """Arguments of a stage."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m pipelines.{stage}", description=f"Run the {stage} stage of a recipe."
-    )
+    """Arguments of a stage.
+
+    Raises:
+        UserError: an unknown option, or one without its value.
+    """
+    parser = _Parser(prog=f"python -m pipelines.{stage}", description=f"Run the {stage} stage of a recipe.")
     parser.add_argument("--recipe", default="tiny", metavar="NAME-OR-PATH", help="shipped recipe or YAML file (tiny)")
     parser.add_argument("--artifacts", default="artifacts", metavar="DIR", help="artifact directory (artifacts)")
     parser.add_argument("--run", metavar="NAME", help="folder of the run (the recipe's name)")
     parser.add_argument("--force", action="store_true", help="redo a finished stage, discard an interrupted one")
     parser.add_argument("--dry-run", action="store_true", help="print the recipe, the plan and a memory estimate")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as ppo.kl_coef=0.1")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def setup_logging() -> None:
-    """Our lines on rank 0 to stderr; libraries only when something is wrong."""
+    """Our lines on rank 0: what happens to stdout, what is wrong to stderr. Libraries only when something is wrong."""
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    out, err = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    out.addFilter(lambda record: record.levelno < logging.WARNING)
+    err.setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s", handlers=[out, err], level=logging.WARNING)
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -57,35 +71,51 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def main(stage: str, module: str, argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, or 2 for bad input (one line on stderr)."""
+def main(stage: str, module: str, argv: list[str] | None = None, show: Callable[[Artifact], None] | None = None) -> int:
+    """Run one stage; returns the exit code: 0, or 2 for bad input (one line on stderr).
+
+    Args:
+        stage: name of the stage.
+        module: module that holds its `STAGE`.
+        argv: arguments; None = the command line's.
+        show: prints what a person wants to see of the finished artifact, on rank 0.
+    """
     setup_logging()
     keep_freed_memory()
     try:
         args = parse(stage, argv)
-        _run(module, args)
+        artifact = _run(stage, module, args)
+        if artifact is not None and show is not None and int(os.environ.get("RANK", "0")) == 0:
+            show(artifact)
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"{stage}: the disk is full ({error.filename or args.artifacts}): free space and run it again")
-        if error.errno in (errno.EACCES, errno.EROFS):
-            return _fail(f"{stage}: cannot write {error.filename or args.artifacts}: check the permissions")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            where = error.filename or args.artifacts
+            return _fail(f"{stage}: cannot write {where} ({error.strerror}): check path and permissions")
         raise
     return 0
 
 
-def _run(module: str, args: argparse.Namespace) -> None:
+def _run(stage_name: str, module: str, args: argparse.Namespace) -> Artifact | None:
     from rlhf.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
+    if stage_name in OPTIONAL and getattr(recipe, stage_name) is None:
+        logger.info("%s: recipe %s has no such stage, nothing to do", stage_name, recipe.name)
+        return None
     from rlhf.stage import run_stage  # torch only after the recipe has been read
 
     stage = importlib.import_module(module).STAGE
-    run_stage(stage, recipe, Path(args.artifacts), args.run, args.force, args.dry_run)
+    return run_stage(stage, recipe, Path(args.artifacts), args.run, args.force, args.dry_run)
 
 
 def _fail(message: str) -> int:
+    bars = sys.modules.get("tqdm.std")
+    for bar in list(bars.tqdm._instances) if bars else []:
+        bar.close()  # ends its line: the message begins one of its own
     if int(os.environ.get("RANK", "0")) == 0:
         print("error: " + " ".join(message.split()), file=sys.stderr)
     return BAD_INPUT

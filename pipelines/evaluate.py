@@ -3,6 +3,17 @@
 import sys
 
 from pipelines.cli import main
+from rlhf.artifacts import Artifact
+from rlhf.evaluation.report import comparison_table
+
+
+def show(artifact: Artifact) -> None:
+    """Print the table and where the picture is."""
+    comparison = artifact.manifest["comparison"]
+    print(f"\nSFT against PPO on {comparison['num_prompts']} held-out prompts, with 95 % intervals:\n")
+    print(comparison_table(comparison))
+    print(f"\npicture: {artifact.path / 'comparison.png'}   samples: {artifact.path / 'report.md'}")
+
 
 if __name__ == "__main__":
-    sys.exit(main("evaluate", "rlhf.evaluation.stage"))
+    sys.exit(main("evaluate", "rlhf.evaluation.stage", show=show))

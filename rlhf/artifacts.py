@@ -24,6 +24,9 @@ MANIFEST = "manifest.json"
 # What a later stage consumes. Logs, samples and cards hold times and text for people: redoing a stage with the same
 # outcome must not make the stages after it stale.
 PAYLOAD = ("model/", "critic/", "adapter/", "critic_adapter/")
+# What only a running stage needs: neither hashed nor published.
+FINGERPRINT = "fingerprint.json"
+CHECKPOINTS = "checkpoints"
 
 
 def partial_dir(final: Path) -> Path:
@@ -53,14 +56,20 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(tmp, path)
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSONL file, none if it is not there. Only \\n ends a line: strings may hold U+2028 and the like."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
+
+
 def hash_files(directory: Path) -> dict[str, str]:
-    """sha256 of every file below `directory` except the manifest and checkpoints, by POSIX path."""
+    """sha256 of every file below `directory` that is published, by POSIX path; the manifest cannot hold its own."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
     names = [path.relative_to(directory).as_posix() for path in files]
     return {
         name: sha256_file(path)
         for name, path in zip(names, files, strict=True)
-        if name != MANIFEST and not name.startswith("checkpoints/")
+        if name not in (MANIFEST, FINGERPRINT) and not name.startswith(CHECKPOINTS + "/")
     }
 
 
@@ -98,8 +107,12 @@ class Artifact:
         version = manifest.get("schema_version") if isinstance(manifest, dict) else None
         if version != SCHEMA_VERSION:
             raise UserError(
-                f"artifact {directory}: schema_version {version!r}, this code reads {SCHEMA_VERSION}: redo it with FORCE=1"
+                f"artifact {directory}: schema_version {version!r}, this code reads {SCHEMA_VERSION}: "
+                "redo it with FORCE=1"
             )
+        missing = [key for key in ("stage", "files", "payload_hash") if key not in manifest]
+        if missing:
+            raise UserError(f"artifact {directory}: {MANIFEST} has no `{missing[0]}`: redo it with FORCE=1")
         return cls(directory, manifest)
 
     @property
@@ -121,17 +134,13 @@ class Artifact:
         """Rows of metrics.jsonl, one per logged step; keys as in docs/metrics.md."""
         import pandas
 
-        path = self.path / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-        return pandas.DataFrame(rows)
+        return pandas.DataFrame(read_jsonl(self.path / "metrics.jsonl"))
 
     def samples(self) -> pandas.DataFrame:
         """Rows of samples.jsonl: step, prompt, response, score, kl, length, has_eos and ids."""
         import pandas
 
-        path = self.path / "samples.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-        return pandas.DataFrame(rows)
+        return pandas.DataFrame(read_jsonl(self.path / "samples.jsonl"))
 
     def verify(self) -> None:
         """Compare every file with the manifest.
@@ -152,8 +161,10 @@ class Artifact:
 
 
 def finish(partial: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Prune checkpoints, hash the files of `partial` and write its manifest: from here on it is whole."""
-    shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+    """Hash the files of `partial` and write its manifest: from here on it is whole.
+
+    Until then the checkpoints stay: a full disk at this point must not cost the training.
+    """
     files = hash_files(partial)
     for name in files:
         _fsync(partial / name)
@@ -169,11 +180,13 @@ def finish(partial: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def publish(partial: Path, final: Path) -> Artifact:
     """Put the whole `partial` in the place of `final`; an old artifact there goes only once the new one stands."""
+    shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+    (partial / FINGERPRINT).unlink(missing_ok=True)
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        os.rename(final, old)
-    os.rename(partial, final)
+        os.replace(final, old)
+    os.replace(partial, final)
     _fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
     return Artifact.load(final)
@@ -185,7 +198,7 @@ def recover(final: Path) -> None:
     if (partial / MANIFEST).is_file():
         publish(partial, final)
     elif old.is_dir() and not final.exists():
-        os.rename(old, final)
+        os.replace(old, final)
     elif old.is_dir():
         shutil.rmtree(old)
 

@@ -6,9 +6,9 @@ import functools
 import importlib
 import inspect
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
@@ -86,7 +86,7 @@ def function_name(function: Callable[..., Any]) -> str:
 def _import(module_name: str, spec: str) -> Any:
     # Appended, so that a user's file never shadows the standard library. It stays there: the user's module may import
     # its neighbours later, inside its functions.
-    working_directory = os.getcwd()
+    working_directory = str(Path.cwd())
     if not {"", working_directory} & set(sys.path):
         sys.path.append(working_directory)
         importlib.invalidate_caches()

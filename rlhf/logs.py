@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
-from rlhf.metrics import check_keys
+from rlhf.metrics import check_keys, is_known
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
-def check_trackers(names: list[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Raise before anything runs when a tracker's package is missing.
 
     Raises:
@@ -52,7 +53,8 @@ def rewind_rows(path: Path, key: str, last: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # A line that was cut in the middle of a character is no JSON either; U+2028 within a string ends no line.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -94,8 +96,8 @@ class MetricsWriter:
         )
         self.bar.update(int(row["ppo_step"]) - self.bar.n)
 
-    def write_samples(self, step: int, rollout: Rollout, fixed: Rollout | None) -> None:
-        """Rows of samples.jsonl: the fixed prompts of the last evaluation, and some of this step's."""
+    def write_samples(self, step: int, rollout: Rollout | None, fixed: Rollout | None) -> None:
+        """Rows of samples.jsonl: the fixed prompts of this step's evaluation, and some of its rollout's."""
         if not self.accelerator.is_main_process:
             return
         for source, kind in ((fixed, "fixed"), (rollout, "random")):
@@ -108,12 +110,13 @@ class MetricsWriter:
         if self.accelerator.is_main_process:
             rewind_rows(self.directory / "metrics.jsonl", "ppo_step", step)
             rewind_rows(self.directory / "samples.jsonl", "step", step)
-        self.bar.update(step - self.bar.n)
+        self.bar.update(max(step, 0) - self.bar.n)
 
     def close(self) -> None:
         """Flush the trackers and the progress bar."""
         self.bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training() would take the process group down, too
+            tracker.finish()
 
 
 def sample_row(rollout: Rollout, row: int) -> dict[str, Any]:
@@ -136,6 +139,8 @@ def trainer_callback(directory: Path) -> Any:
     """A transformers TrainerCallback that writes metrics.jsonl (imported late: only the trained stages need it)."""
     from transformers import TrainerCallback
 
+    unknown: set[str] = set()  # a library's new key must not end a training; it is left out, and said so once
+
     class JsonlCallback(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
@@ -144,8 +149,11 @@ def trainer_callback(directory: Path) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if state.is_world_process_zero and logs:
                 row = {"step": state.global_step} | {name_of(key): value for key, value in logs.items()}
-                check_keys(row)
-                append_row(directory / "metrics.jsonl", row)
+                new = {key for key in row if not is_known(key)} - unknown
+                if new:
+                    unknown.update(new)
+                    logger.warning("metrics.jsonl: left out %s: not in rlhf/metrics.py", ", ".join(sorted(new)))
+                append_row(directory / "metrics.jsonl", {key: row[key] for key in row if key not in unknown})
 
     return JsonlCallback()
 

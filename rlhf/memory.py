@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf.stage import StageContext
@@ -25,9 +27,14 @@ def parameter_count(ctx: StageContext) -> tuple[int, int, int]:
         config = GPT2Config(**recipe.pretrain.architecture.model_dump())
     else:
         kwargs = {"gguf_file": recipe.model.gguf_file} if recipe.model.gguf_file else {}
-        config = AutoConfig.from_pretrained(base_path(recipe.model), revision=recipe.model.revision, **kwargs)
+        try:
+            config = AutoConfig.from_pretrained(base_path(recipe.model), revision=recipe.model.revision, **kwargs)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"model {recipe.model.base}: cannot be loaded ({reason}): check model.base") from None
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()  # a tied head is counted once
     text = config.get_text_config()
     return model.num_parameters(), text.num_hidden_layers * text.hidden_size, text.vocab_size
 
@@ -64,7 +71,7 @@ def _work(ctx: StageContext, parameters: int) -> tuple[int, int, int]:
         return ppo.max_tokens_per_micro_batch, trained, frozen
     if name == "evaluate":
         return 64 * recipe.ppo.response_length, 0, 2 * parameters
-    section = recipe.section(name)
+    section: Any = recipe.section(name)
     batch = section.trainer.get("per_device_train_batch_size", 8)
     length = section.block_size if name == "pretrain" else section.max_length
     tokens = batch * length * (2 if name == "reward" else 1)

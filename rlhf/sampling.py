@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -49,19 +51,29 @@ def sample_responses(
     dtype: torch.dtype = torch.float32,
 ) -> Samples:
     """One response per prompt; response i depends on the model, the prompt, the seed and i alone."""
-    model.generation_config = GenerationConfig()  # the base's own top-k or repetition penalty is not our policy
     generator = PlainGenerator(model, renderer.tokenizer, stop_strings or [], autocast=dtype)
     ids = [renderer.prompt_ids(prompt) for prompt in prompts]
     noise = uniforms(len(ids), length, seed)
     response_ids, finished = [], []
     for first in range(0, len(ids), batch_size):
         part = slice(first, first + batch_size)
-        out = generator.generate(ids[part], noise[part], temperature, top_p)
+        with default_generation_config(model):
+            out = generator.generate(ids[part], noise[part], temperature, top_p)
         rows = zip(out.response_ids.cpu(), out.response_mask.cpu(), strict=True)
         response_ids += [row[keep].tolist() for row, keep in rows]
         finished += out.finished.tolist()
     texts = [renderer.decode_response(row) for row in response_ids]
     return Samples([renderer.prompt_text(p) for p in prompts], ids, texts, response_ids, finished)
+
+
+@contextmanager
+def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Sample without the model's own top-k or repetition penalty, which would make another policy; then restore it."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ A `Stage` says what it reads and how it builds; `run_stage` does everything that
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -14,20 +15,35 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlhf.artifacts import Artifact, finish, partial_dir, publish, recover, sha256_json, write_json
+from rlhf.artifacts import (
+    CHECKPOINTS,
+    FINGERPRINT,
+    MANIFEST,
+    Artifact,
+    finish,
+    partial_dir,
+    publish,
+    recover,
+    sha256_json,
+    write_json,
+)
 from rlhf.data import data_fingerprint, load_data_recipe
 from rlhf.errors import UserError
 from rlhf.recipe import Recipe
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 logger = logging.getLogger(__name__)
 
-FINGERPRINT = "fingerprint.json"
+FULL = 2**20  # bytes free on a disk that is as good as full
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "rlhf-accelerate")
 
 
@@ -77,7 +93,7 @@ class StageContext:
     @property
     def checkpoints(self) -> Path:
         """Training state for resume; pruned before the stage is published."""
-        return self.dir / "checkpoints"
+        return self.dir / CHECKPOINTS
 
     @property
     def seed(self) -> int:
@@ -189,9 +205,10 @@ def stale_inputs(ctx: StageContext) -> list[str]:
     for reference, artifact in ctx.inputs.items():
         if not _is_stage_name(reference):
             continue
-        recorded = artifact.manifest["fingerprint"]
-        section = ctx.recipe.section(reference).model_dump(mode="json")
-        changed = differences(recorded["section"], section)
+        recorded, section = artifact.manifest["fingerprint"], getattr(ctx.recipe, reference, None)
+        if section is None:  # built by another recipe of this run
+            continue
+        changed = differences(recorded["section"], section.model_dump(mode="json"))
         changed += differences(recorded["model"], ctx.recipe.model.model_dump(mode="json"), "model")
         if changed:
             stale.append(f"{reference} ({'; '.join(changed[:3])})")
@@ -239,6 +256,8 @@ def run_stage(
     recipe.section(stage.name)
     if is_main_process() and not dry_run:
         recover(ctx.final)
+    if not dry_run and "LOCAL_RANK" in os.environ:
+        _process_state(recipe).wait_for_everyone()  # every rank plans from what the recovery left
     load_inputs(ctx, missing_ok=dry_run)
     check_lineage(ctx)
     action = plan(ctx, force)
@@ -257,25 +276,52 @@ def run_stage(
     return _build(ctx, action)
 
 
-def _build(ctx: StageContext, action: str) -> Artifact:
+def _process_state(recipe: Recipe) -> PartialState:
+    import torch
     from accelerate import PartialState
 
+    # Without a GPU `PartialState()` does not notice a launch of several processes: each would take itself for rank 0.
+    on_cpu = recipe.hardware.device == "cpu" or not torch.cuda.is_available()
+    return PartialState(cpu=True) if on_cpu else PartialState()
+
+
+def _build(ctx: StageContext, action: str) -> Artifact:
     started = time.perf_counter()
-    device = ctx.recipe.hardware.device
-    state = PartialState(cpu=True) if device == "cpu" else PartialState()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _prepare_dir(ctx, action)
+    state = _process_state(ctx.recipe)
     state.wait_for_everyone()
     ctx.resumed = action == "resume"
     logger.info("%s: %s", ctx.final, "resuming" if ctx.resumed else "starting")
-    result = ctx.stage.build(ctx)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        finish(ctx.dir, _manifest(ctx, result, time.perf_counter() - started))
-        publish(ctx.dir, ctx.final)
+    with nothing_half_written(ctx, state.is_main_process):
+        if state.is_main_process:
+            _prepare_dir(ctx, action)
+        state.wait_for_everyone()
+        result = ctx.stage.build(ctx)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finish(ctx.dir, _manifest(ctx, result, time.perf_counter() - started))
+            publish(ctx.dir, ctx.final)
     state.wait_for_everyone()
     return Artifact.load(ctx.final)
+
+
+@contextmanager
+def nothing_half_written(ctx: StageContext, main: bool) -> Iterator[None]:
+    """On bad input or a full disk, leave `.partial` only where there is something to resume or to publish.
+
+    safetensors and torch.save report a full disk as errors of their own; they become the OSError that it is.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (UserError, OSError, RuntimeError, SafetensorError) as error:
+        full = "No space left" in str(error) or (ctx.root.exists() and shutil.disk_usage(ctx.root).free < FULL)
+        resumable = (ctx.dir / MANIFEST).is_file() or (ctx.checkpoints.is_dir() and any(ctx.checkpoints.iterdir()))
+        if main and not resumable:
+            shutil.rmtree(ctx.dir, ignore_errors=True)
+        if full and not isinstance(error, OSError):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(ctx.root)) from error
+        raise
 
 
 def _prepare_dir(ctx: StageContext, action: str) -> None:
@@ -286,7 +332,6 @@ def _prepare_dir(ctx: StageContext, action: str) -> None:
 
 
 def _manifest(ctx: StageContext, result: dict[str, Any], seconds: float) -> dict[str, Any]:
-    (ctx.dir / FINGERPRINT).unlink()
     return {
         "stage": ctx.stage.name,
         "run": ctx.run,

@@ -30,6 +30,8 @@ RESERVED = {
     "bf16": "set hardware.precision",
     "fp16": "set hardware.precision",
     "report_to": "set logging.report_to",
+    "run_name": "set --run",
+    "completion_only_loss": "the loss is always on completions",
     "resume_from_checkpoint": "an interrupted stage resumes by itself",
     "push_to_hub": "push the published model/ folder yourself",
     "max_length": "set the stage's max_length",
@@ -62,7 +64,7 @@ def check_trainer_args(config_cls: type, values: dict[str, Any], where: str) -> 
         if key not in known:
             raise UserError(f"{where}.{key}: {config_cls.__name__} has no such key{nearest(key, known)}")
         try:
-            TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
         except ValidationError as error:
             want = error.errors()[0]["msg"]
             raise UserError(f"{where}.{key}: {value!r} has the wrong type: {want}") from None
@@ -165,7 +167,8 @@ def save_trained(
     trainer.accelerator.wait_for_everyone()
     if not trainer.accelerator.is_main_process:
         return
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Without accelerate's mixed-precision wrapper: what is saved is compared in float32.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if hasattr(model, "peft_config"):
         model.save_pretrained(ctx.dir / "adapter", state_dict=state)
         model = merged(base, ctx.dir / "adapter", kind)

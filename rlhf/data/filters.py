@@ -10,6 +10,7 @@ _CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
+_PUNCTUATION = re.compile(r"([.,;:!?()\"])")
 _SPACES = re.compile(r"[ \t\u00a0]+")
 
 
@@ -60,7 +61,17 @@ def collapse_spaces(text: str) -> str:
     return _SPACES.sub(" ", text).strip()
 
 
-NORMALIZERS: dict[str, Callable[[str], str]] = {"strip_html": strip_html, "collapse_spaces": collapse_spaces}
+def space_punctuation(text: str) -> str:
+    """Sentence punctuation stands alone, as in tokenised corpora: `so, good.` becomes `so , good .`"""
+    return _PUNCTUATION.sub(r" \1 ", text)
+
+
+NORMALIZERS: dict[str, Callable[[str], str]] = {
+    "strip_html": strip_html,
+    "lowercase": str.lower,
+    "space_punctuation": space_punctuation,
+    "collapse_spaces": collapse_spaces,
+}
 
 
 def normalize(value: Any, steps: list[str]) -> Any:

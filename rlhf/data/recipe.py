@@ -98,6 +98,10 @@ class NormalizeSpec(_Strict):
     strip_html: bool = Field(
         default=False, description="<br> becomes a newline, other tags vanish, entities are decoded."
     )
+    lowercase: bool = Field(default=False, description="Small letters only, to match a corpus that has no others.")
+    space_punctuation: bool = Field(
+        default=False, description="Spaces around . , ; : ! ? ( ) and double quotes, as in tokenised corpora."
+    )
     collapse_spaces: bool = Field(
         default=False, description="Runs of spaces and tabs become one space; ends are trimmed."
     )

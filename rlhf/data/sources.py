@@ -8,7 +8,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -81,7 +80,7 @@ def source_files(source: PackageSource | FilesSource) -> list[Path]:
     patterns = [source.files] if isinstance(source.files, str) else source.files
     paths: list[Path] = []
     for pattern in patterns:
-        found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
         files = [Path(name) for name in found if Path(name).is_file()]
         if not files:
             raise UserError(f"source.files: {pattern!r} matches no file (from {Path.cwd()}); check the path")

@@ -15,8 +15,8 @@ from rlhf.artifacts import Artifact
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.evaluation.compare import PolicySamples, compare
 from rlhf.evaluation.judges import SentimentJudge, vader_judge
-from rlhf.evaluation.report import comparison_table, write_report
-from rlhf.functions import TextFunction, call_text_function, load_function
+from rlhf.evaluation.report import write_report
+from rlhf.functions import TextFunction, call_text_function, function_name, load_function
 from rlhf.logs import append_row
 from rlhf.models import compute_dtype, load_model, load_tokenizer
 from rlhf.recipe import JudgeSource, Recipe
@@ -56,8 +56,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
     for policy, name in zip(policies, POLICIES, strict=True):
         _write_samples(ctx.dir, policy, samples[name][0])
     append_row(ctx.dir / "metrics.jsonl", {"step": 0} | result["metrics"])
-    logger.info("SFT against PPO on %d held-out prompts:\n%s", len(rows), comparison_table(result))
-    return {"metrics": result["metrics"]}
+    return {"metrics": result["metrics"], "comparison": result}
 
 
 def headline_judge(recipe: Recipe) -> str | None:
@@ -105,7 +104,7 @@ def judged(
             scores[Path(source.artifact).name] = reward_scores(ctx, ctx.inputs[source.artifact], samples, pad_id)
         else:
             function = load_function(source.function)
-            scores[function.__name__] = call_text_function(function, samples.prompts, samples.responses, columns)
+            scores[function_name(function)] = call_text_function(function, samples.prompts, samples.responses, columns)
     for judge, function in judges.items():
         scores[judge] = call_text_function(function, samples.prompts, samples.responses, columns)
     return PolicySamples(name, samples.prompts, samples.responses, samples.lengths, samples.has_eos, kl, scores)
@@ -119,7 +118,14 @@ def load_judge(judge: JudgeSource) -> TextFunction:
         return vader_judge
     rows = load_rows(load_data_recipe(judge.sentiment), "judge", "rated")
     fitted = SentimentJudge.fit([row["text"] for row in rows], [row["label"] for row in rows])
-    logger.info("judge %s: held-out accuracy %.3f on %d texts", judge.name, fitted.held_out_accuracy, fitted.held_out_n)
+    logger.info(
+        "judge %s: held-out accuracy %.3f, %.3f on their first %d words (%d texts)",
+        judge.name,
+        fitted.held_out_accuracy,
+        fitted.held_out_short_accuracy,
+        fitted.settings.short_words,
+        fitted.held_out_n,
+    )
     return fitted
 
 

@@ -136,7 +136,7 @@ def load_reward_adapter(policy: Any, artifact: Artifact, name: str) -> Tensor:
     Raises:
         UserError: the artifact has no adapter.
     """
-    from peft import PeftConfig, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     directory = artifact.path / "adapter"
     if not directory.is_dir():
@@ -144,15 +144,22 @@ def load_reward_adapter(policy: Any, artifact: Artifact, name: str) -> Tensor:
             f"artifact {artifact.path}: was trained with full weights, and a LoRA critic starts from an adapter: add "
             "`reward` to peft.stages, or set ppo.critic_init: sft"
         )
-    config = PeftConfig.from_pretrained(str(directory))
-    config.task_type, config.modules_to_save, config.lora_dropout = "CAUSAL_LM", None, 0.0
-    policy.add_adapter(name, config)
+    policy.add_adapter(name, _reward_adapter_config(artifact))
     state = load_file(directory / "adapter_model.safetensors")
     head = state.pop(next(key for key in state if key.endswith("score.weight")))
     result = set_peft_model_state_dict(policy, state, adapter_name=name)
     if result.unexpected_keys:
         raise RuntimeError(f"{directory}: adapter tensors without a place: {result.unexpected_keys[:3]}")
     return head
+
+
+def _reward_adapter_config(artifact: Artifact) -> Any:
+    """LoraConfig of a reward artifact's adapter as one of a causal LM: dropout off, the score head apart."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(artifact.path / "adapter"))
+    config.task_type, config.modules_to_save, config.lora_dropout = "CAUSAL_LM", None, 0.0
+    return config
 
 
 # --------------------------------------------------------------------------------------------------- what is only read
@@ -219,7 +226,11 @@ def publish_models(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, state:
     Built from the inputs and the tensors alone, so that it does not matter how the training was sharded.
     """
     lora = ctx.recipe.uses_peft("ppo")
-    policy = _merge_lora(ctx, state, "policy", "causal", ctx.dir / "adapter") if lora else _full_policy(ctx, state)
+    if lora:
+        config = lora_config(ctx.recipe.peft, "CAUSAL_LM", dropout=False)
+        policy = _merge_lora(ctx, state, "policy", "causal", config, ctx.dir / "adapter")
+    else:
+        policy = _full_policy(ctx, state)
     save_model(policy, tokenizer, ctx.dir / "model")
     check_saved(policy, ctx.dir / "model", "causal")
     critic = _published_critic(ctx, state, policy)
@@ -240,7 +251,7 @@ def _published_critic(ctx: StageContext, state: dict[str, Tensor], policy: PreTr
         _load(critic, state, "critic.")
         return critic
     if any(".critic." in name for name in state):
-        critic = _merge_lora(ctx, state, "critic", "score", None)
+        critic = _merge_lora(ctx, state, "critic", "score", _critic_adapter_config(ctx))
     else:  # shared trunk: the policy's
         critic = load_model(ctx.dir / "model", "score")
     with torch.no_grad():
@@ -248,14 +259,22 @@ def _published_critic(ctx: StageContext, state: dict[str, Tensor], policy: PreTr
     return critic
 
 
-def _merge_lora(ctx: StageContext, state: dict[str, Tensor], name: str, kind: Any, adapter: Path | None) -> Any:
+def _critic_adapter_config(ctx: StageContext) -> Any:
+    """Rank and scale of the critic's adapter: the reward adapter's where it started from one."""
+    source = critic_source(ctx)
+    if source is None:
+        return lora_config(ctx.recipe.peft, "CAUSAL_LM", dropout=False)
+    return _reward_adapter_config(source)
+
+
+def _merge_lora(
+    ctx: StageContext, state: dict[str, Tensor], name: str, kind: Any, config: Any, adapter: Path | None = None
+) -> Any:
     """The SFT model in float32 with adapter `name` folded in; writes the adapter too if asked."""
     from peft import get_peft_model
 
     base = load_model(ctx.inputs["sft"].model_dir, kind)
-    task = "CAUSAL_LM" if kind == "causal" else "SEQ_CLS"
-    config = lora_config(ctx.recipe.peft, task, dropout=False)
-    config.modules_to_save = None
+    config.task_type = "CAUSAL_LM" if kind == "causal" else "SEQ_CLS"
     model = get_peft_model(base, config)
     part = {key.replace(f".{name}.", ".default."): value for key, value in state.items() if f".{name}." in key}
     _load(model, part, "policy.", adapters_only=True)

@@ -53,7 +53,7 @@ class Checkpointer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_json(tmp / STATE, trainer.state_dict())
-            os.rename(tmp, final)
+            os.replace(tmp, final)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(old)
             self._prune_best(trainer)

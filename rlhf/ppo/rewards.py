@@ -60,11 +60,13 @@ class FunctionScore:
 
     def score(self, rollout: Rollout, max_tokens: int, accelerator: Accelerator) -> Tensor:
         """See `ScoreSource`. Each rank scores its share of the responses."""
-        share = my_share(len(rollout.prompts), accelerator)
-        columns = {name: values[share] for name, values in rollout.columns.items()}
-        mine = call_text_function(self.function, rollout.prompts[share], rollout.responses[share], columns)
+        count = len(rollout.prompts)
+        share = my_share(count, accelerator)
+        columns = {name: [values[row] for row in share] for name, values in rollout.columns.items()}
+        prompts, responses = [rollout.prompts[row] for row in share], [rollout.responses[row] for row in share]
+        mine = call_text_function(self.function, prompts, responses, columns)
         device = rollout.response_mask.device
-        return accelerator.gather(torch.tensor(mine, dtype=torch.float32, device=device))
+        return accelerator.gather(torch.tensor(mine, dtype=torch.float32, device=device))[:count]
 
 
 class RunningMoments:

@@ -6,6 +6,7 @@ forwards. Whitening, mini-batches and metrics are then global by construction: o
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -111,10 +112,14 @@ def uniforms(rows: int, length: int, *key: int) -> Tensor:
     return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
 
 
-def my_share(count: int, accelerator: Accelerator) -> slice:
-    """This rank's contiguous share of `count` rows (`count` divides by the number of ranks)."""
-    each = count // accelerator.num_processes
-    return slice(each * accelerator.process_index, each * (accelerator.process_index + 1))
+def my_share(count: int, accelerator: Accelerator) -> list[int]:
+    """This rank's contiguous share of `count` rows.
+
+    Shares are equally long, as `gather` needs it: the last row is repeated, and what was gathered is cut to `count`.
+    """
+    each = math.ceil(count / accelerator.num_processes)
+    first = each * accelerator.process_index
+    return [min(row, count - 1) for row in range(first, first + each)]
 
 
 def sample(
@@ -131,8 +136,8 @@ def sample(
 ) -> Rollout:
     """Sample one response per prompt, each rank its share, and give every rank the whole."""
     share = my_share(len(prompt_ids), accelerator)
-    mine = generator.generate(prompt_ids[share], noise[share], temperature, top_p)
-    parts = [accelerator.gather(x.contiguous()) for x in _tensors(mine)]
+    mine = generator.generate([prompt_ids[row] for row in share], noise[share], temperature, top_p)
+    parts = [accelerator.gather(x.contiguous())[: len(prompt_ids)] for x in _tensors(mine)]
     response_ids, response_mask, finished, logprobs = parts
     ids, mask = left_pad(prompt_ids, pad_id)
     device = response_ids.device

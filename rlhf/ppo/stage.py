@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.cards import write_card
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.errors import UserError
 from rlhf.functions import load_function
 from rlhf.logs import MetricsWriter, check_trackers
+from rlhf.metrics import PPO
 from rlhf.models import check_position_limit, compute_dtype, load_tokenizer, tokenizer_identity
-from rlhf.ppo.build import Reference, build_actor_critic, build_rewards, critic_source, publish_models
+from rlhf.ppo.build import Reference, build_actor_critic, build_rewards, critic_source, is_adapter_of, publish_models
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.generation import PlainGenerator
 from rlhf.ppo.trainer import PPOTrainer, Prompts
@@ -58,6 +60,9 @@ def check(ctx: StageContext) -> None:
     check_position_limit(
         sft.model_dir, config.max_prompt_length + config.response_length, "ppo.max_prompt_length + response_length"
     )
+    tracked = [key for key in PPO if key.startswith("eval/")]
+    if config.best_metric is not None and config.best_metric not in tracked:
+        raise UserError(f"ppo.best_metric {config.best_metric!r}: not measured on held-out prompts: one of {tracked}")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     for key in ("rollout_batch_size", "eval_prompts"):
         if getattr(config, key) % ranks:
@@ -76,26 +81,34 @@ def check(ctx: StageContext) -> None:
         )
     if recipe.uses_peft("ppo") and config.critic == "separate":
         source = critic_source(ctx)
-        if source is not None and not (source.path / "adapter").is_dir():
+        if source is not None and not is_adapter_of(source, sft):
             raise UserError(
-                f"ppo.critic_init: {source.path} was trained with full weights, and a LoRA critic starts from an "
-                "adapter: add `reward` to peft.stages, or set ppo.critic_init: sft"
+                f"ppo.critic_init: {source.path} holds no adapter of this run's SFT model, which a LoRA critic starts "
+                "from: add `reward` to peft.stages and redo it, or set ppo.critic_init: sft"
             )
 
 
 def build(ctx: StageContext) -> dict[str, Any]:
     """Train and publish; see `Stage.build`."""
+    tokenizer = load_tokenizer(ctx.inputs["sft"].model_dir)
+    trainer = build_trainer(ctx, tokenizer)
+    trainer.train()
+    trainer.writer.close()
+    return _publish(ctx, trainer, tokenizer)
+
+
+def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOTrainer:
+    """Models, optimizer, rewards and prompts of the recipe, placed by Accelerate."""
     recipe, config = ctx.recipe, ctx.recipe.ppo
     dtype = compute_dtype(recipe)
     accelerator = Accelerator(
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-        cpu=recipe.hardware.device == "cpu",
+        cpu=recipe.hardware.device == "cpu" or not torch.cuda.is_available(),
         log_with=list(recipe.logging.report_to) or None,
         project_dir=str(ctx.dir),
     )
     set_seed(ctx.seed)
     accelerator.init_trackers("tensorboard" if recipe.logging.report_to == ["tensorboard"] else recipe.logging.project)
-    tokenizer = load_tokenizer(ctx.inputs["sft"].model_dir)
     renderer = Renderer(tokenizer, recipe.model.chat)
     model = build_actor_critic(ctx)
     optimizer = torch.optim.AdamW(
@@ -111,7 +124,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
         eval_prompts = load_prompts(
             config.data, config.eval_split, renderer, config.max_prompt_length, config.eval_prompts
         )
-    trainer = PPOTrainer(
+    return PPOTrainer(
         config=config,
         model=model,
         optimizer=optimizer,
@@ -127,12 +140,9 @@ def build(ctx: StageContext) -> dict[str, Any]:
         writer=writer,
         checkpointer=Checkpointer(ctx.checkpoints, accelerator),
     )
-    trainer.train()
-    writer.close()
-    return _publish(ctx, trainer, tokenizer)
 
 
-def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: Any) -> dict[str, Any]:
+def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     state = trainer.checkpointer.best_state(trainer)
     metrics: dict[str, Any] = dict(trainer.last_metrics)
     best = trainer.best[1] if trainer.best else trainer.ppo_step

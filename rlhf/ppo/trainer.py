@@ -11,6 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.generation import Generator
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
-from rlhf.ppo.masking import masked_mean, masked_whiten
+from rlhf.ppo.masking import masked_mean, masked_moments, masked_whiten
 from rlhf.ppo.rewards import RunningMoments, ScoreSource, aggregate, shape_scores
 from rlhf.ppo.rollout import (
     Batch,
@@ -32,11 +33,11 @@ from rlhf.ppo.rollout import (
     Rollout,
     add_logprobs_and_values,
     micro_batches,
-    my_share,
     sample,
     uniforms,
 )
 from rlhf.recipe import PPOSection
+from rlhf.stage import peak_memory_gib
 
 logger = logging.getLogger(__name__)
 
@@ -121,21 +122,27 @@ class PPOTrainer:
         """Run (or continue) until `total_episodes`, `max_kl`, or an error."""
         self.restore()
         if self.ppo_step == 0 and self.config.eval_every:
-            self.evaluate()
+            self.writer.write_samples(0, None, self.evaluate()[1])
         while self.ppo_step < self.config.total_steps and not self.stopped:
             metrics, rollout = self.step()
             self.ppo_step += 1
-            last = self.ppo_step == self.config.total_steps
             self._stop_on_runaway_kl(metrics)
-            if self.config.eval_every and (last or self.stopped or self.ppo_step % self.config.eval_every == 0):
-                metrics |= self.evaluate()
+            fixed = None
+            if self._due(self.config.eval_every):
+                held_out, fixed = self.evaluate()
+                metrics |= held_out
             self.writer.write(metrics)
             self.last_metrics = {key: value for key, value in metrics.items() if not key.startswith("perf/")}
-            if self.ppo_step == 1 or last or self.ppo_step % self.config.sample_every == 0:
-                self.writer.write_samples(self.ppo_step, rollout, self.fixed_samples())
-            every = self.config.checkpoint_every
-            if every and self.ppo_step % every == 0 and not last:
+            sampled = self.ppo_step == 1 or self._due(self.config.sample_every)
+            self.writer.write_samples(self.ppo_step, rollout if sampled else None, fixed)
+            if self._due(self.config.checkpoint_every or self.config.total_steps):
                 self.checkpointer.save(self)
+
+    def _due(self, every: int | None) -> bool:
+        """Whether something that happens every so many ppo_steps happens now; at the end it does in any case."""
+        if every is None:
+            return False
+        return self.ppo_step % every == 0 or self.ppo_step == self.config.total_steps or bool(self.stopped)
 
     def step(self) -> tuple[dict[str, float], Rollout]:
         """One ppo_step: sample, score, estimate advantages, update. Returns its metrics and its rollout."""
@@ -185,17 +192,18 @@ class PPOTrainer:
         """One mini-batch: losses over all its tokens, on all ranks, in micro-batches; then one step of AdamW."""
         config, ranks = self.config, self.accelerator.num_processes
         tokens = int(rollout.response_mask[rows].sum())  # of the whole mini-batch, all ranks: the denominator
-        # The policy waits while a fresh critic finds its feet.
-        policy_weight = 0.0 if self.ppo_step < config.critic_warmup_steps else 1.0
         totals = torch.zeros(6, device=rollout.response_mask.device)
         batches = list(micro_batches(rollout, rows, config.max_tokens_per_micro_batch, self.accelerator))
         for number, (batch, counts) in enumerate(batches):
             last = number == len(batches) - 1
             with _sync_gradients(self.accelerator, self.model, last):
-                loss, parts = self._losses(rollout, targets, batch, tokens, policy_weight)
+                loss, parts = self._losses(rollout, targets, batch, tokens)
                 # DDP and FSDP average gradients over ranks; ours are shares of one sum.
                 self.accelerator.backward(loss * ranks * float(counts))
             totals += parts * float(counts)
+        if self.ppo_step < config.critic_warmup_steps:  # the policy waits while a fresh critic finds its feet
+            for parameter in self.accelerator.unwrap_model(self.model).policy_parameters():
+                parameter.grad = None
         norm = self._clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -203,9 +211,7 @@ class PPOTrainer:
         names = ("loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg", "loss/value_avg", "val/clipfrac_avg")
         return dict(zip((*names, "val/ratio"), totals, strict=True)) | {"policy/grad_norm": norm}
 
-    def _losses(
-        self, rollout: Rollout, targets: Targets, batch: Batch, tokens: int, policy_weight: float
-    ) -> tuple[Tensor, Tensor]:
+    def _losses(self, rollout: Rollout, targets: Targets, batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
         """Loss of one micro-batch (its share of the mini-batch's) and six statistics, shares as well."""
         config, mask = self.config, batch.fit(rollout.response_mask)
         new: Outputs = self.model(batch.input_ids, batch.attention_mask, batch.length, config.temperature)
@@ -220,7 +226,7 @@ class PPOTrainer:
         log_ratio = torch.where(mask, new.logprobs.detach() - old_logprobs, 0)
         ratio = torch.where(mask, log_ratio.exp(), 0).sum() / tokens
         parts = torch.stack([pg_loss.detach(), pg_clipfrac, approxkl, vf_loss.detach(), vf_clipfrac, ratio])
-        return policy_weight * pg_loss + config.vf_coef * vf_loss, parts
+        return pg_loss + config.vf_coef * vf_loss, parts
 
     # ----------------------------------------------------------------------------------------------------- parts of it
     def rollout(self, prompts: Prompts, stream: int, step: int) -> Rollout:
@@ -257,10 +263,10 @@ class PPOTrainer:
             config.missing_eos_mode,
         )
 
-    def evaluate(self) -> dict[str, float]:
-        """The current policy on held-out prompts, always with the same random numbers."""
+    def evaluate(self) -> tuple[dict[str, float], Rollout | None]:
+        """The current policy on held-out prompts, always with the same random numbers: metrics and responses."""
         if self.eval_prompts is None:
-            return {}
+            return {}, None
         rollout = self.rollout(self.eval_prompts, EVAL, 0)
         self.score(rollout, update=False)
         add_logprobs_and_values(
@@ -281,12 +287,7 @@ class PPOTrainer:
             "eval/eos_rate": float(rollout.finished.float().mean()),
         }
         self._keep_best(metrics)
-        self._eval_rollout = rollout
-        return metrics
-
-    def fixed_samples(self) -> Rollout | None:
-        """The last evaluation's rollout: the same prompts each time."""
-        return getattr(self, "_eval_rollout", None)
+        return metrics, rollout
 
     def metrics(self, rollout: Rollout, targets: Targets, statistics: list[dict[str, float]]) -> dict[str, float]:
         """One row of metrics.jsonl; see docs/metrics.md."""
@@ -295,8 +296,8 @@ class PPOTrainer:
         k1 = kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1")
         penalty = -self.kl_controller.kl_coef * kl
         scores = float(rollout.scores.mean())
-        residual = masked_mean((targets.returns - rollout.values).square(), mask)
-        spread = masked_mean((targets.returns - masked_mean(targets.returns, mask)).square(), mask)
+        residual = masked_moments(targets.returns - rollout.values, mask)[1]
+        spread = masked_moments(targets.returns, mask)[1]
         drift = masked_mean((rollout.sampler_logprobs - rollout.logprobs).abs(), mask)
         row = {
             "ppo_step": self.ppo_step + 1,
@@ -329,6 +330,7 @@ class PPOTrainer:
             "perf/score_seconds": scored - generated,
             "perf/train_seconds": now - scored,
             "perf/tokens_per_second": float(rollout.response_mask.sum()) / (now - started),
+            "perf/peak_memory_gib": peak_memory_gib(),
         }
 
     def _mini_batches(self) -> Iterator[list[int]]:
@@ -388,18 +390,22 @@ class PPOTrainer:
             "kl_controller": self.kl_controller.state_dict(),
             "running": self.running.state_dict() if self.running else None,
             "best": self.best,
+            "stopped": self.stopped,
+            "last_metrics": self.last_metrics,
         }
 
     def restore(self) -> None:
         """Continue from the last whole checkpoint, if there is one."""
         state = self.checkpointer.load(self)
         if state is None:
+            self.writer.rewind(-1)  # an earlier attempt may have logged steps that no checkpoint holds
             return
         self.ppo_step, self.optimizer_step = state["ppo_step"], state["optimizer_step"]
         self.kl_controller.load_state_dict(state["kl_controller"])
         if self.running is not None:
             self.running.load_state_dict(state["running"])
         self.best = tuple(state["best"]) if state["best"] else None
+        self.stopped, self.last_metrics = state["stopped"], state["last_metrics"]
         self.writer.rewind(self.ppo_step)
         logger.info("continuing after ppo_step %d", self.ppo_step)
 
@@ -409,11 +415,9 @@ def _per_response(x: Tensor, mask: Tensor) -> float:
     return float(torch.where(mask, x, 0).sum(dim=1).mean())
 
 
-def _sync_gradients(accelerator: Accelerator, model: nn.Module, last: bool):
+def _sync_gradients(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Exchange gradients only with the last micro-batch."""
-    from contextlib import nullcontext
-
     return nullcontext() if last else accelerator.no_sync(model)
 
 
-__all__ = ["PPOTrainer", "Prompts", "Targets", "my_share"]
+__all__ = ["PPOTrainer", "Prompts", "Targets"]

@@ -1,0 +1,87 @@
+# make help lists the targets. Everything runs in .venv, which every target prepares.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+
+RECIPE ?= tiny
+ARTIFACTS ?= artifacts
+RUN ?=
+SET ?=
+FORCE ?=
+DRY_RUN ?=
+LAUNCH ?=
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= tiny,dev
+PIP_ARGS ?=
+
+VENV := .venv
+STAMP := $(VENV)/.ready
+PY := $(VENV)/bin/python
+# `accelerate launch ...` comes from the environment's bin folder and takes -m as python does.
+LAUNCHER = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(if $(LAUNCH),$(LAUNCH),python)
+COMMON = --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(RUN),--run "$(RUN)") $(if $(DRY_RUN),--dry-run)
+STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
+UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
+
+.PHONY: help setup pretrain sft reward ppo evaluate status notebook test test-slow test-gpu check format clean
+
+help: ## list the targets
+	@echo 'make sft reward ppo    runs the default recipe end to end. Variables:'
+	@echo '  RECIPE=tiny|path.yaml  RUN=name  ARTIFACTS=dir  SET="ppo.kl_coef=0.1 ..."  FORCE=1  DRY_RUN=1'
+	@echo '  LAUNCH="accelerate launch --num_processes 8"  CONSTRAINTS=file  EXTRAS=tiny,dev  PIP_ARGS=...  PYTHON=python3'
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), 3.11 or later is needed: set PYTHON=python3.11" >&2; exit 2; }
+	@echo "preparing $(VENV) (once; a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+	@touch $@
+
+setup: $(STAMP) ## prepare .venv: pinned by CONSTRAINTS, which GPU users may replace
+
+pretrain: $(STAMP) ## make the base model, where the recipe asks for it
+	@$(call STAGE,pretrain)
+
+sft: $(STAMP) ## supervised fine-tuning (pretrain first, where the recipe asks for it)
+	@$(call UNFORCED,pretrain)
+	@$(call STAGE,sft)
+
+reward: $(STAMP) ## scalar reward model
+	@$(call STAGE,reward)
+
+ppo: $(STAMP) ## PPO, then evaluate
+	@$(call STAGE,ppo)
+	@$(call UNFORCED,evaluate)
+
+evaluate: $(STAMP) ## SFT against PPO on held-out prompts: table, picture, samples
+	@$(call STAGE,evaluate)
+
+status: $(STAMP) ## runs, their stages, and what is stale
+	@$(PY) -m pipelines.status --artifacts "$(ARTIFACTS)"
+
+notebook: $(STAMP) ## execute notebooks/reward_curves.ipynb on a finished run
+	@RLHF_RUN_DIR="$(abspath $(ARTIFACTS))/$(or $(RUN),$(RECIPE))" $(VENV)/bin/jupyter execute --inplace notebooks/reward_curves.ipynb
+
+test: $(STAMP) ## unit, contract and integration tests, offline
+	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP) ## the tests that take minutes
+	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow
+
+test-gpu: $(STAMP) ## the tests that need a GPU
+	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m gpu tests/gpu
+
+format: $(STAMP) ## rewrite the code in the project's style
+	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+
+check: $(STAMP) ## format, lint, types, tests
+	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
+	@$(MAKE) --no-print-directory test
+
+clean: ## remove caches (artifacts and .venv stay)
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

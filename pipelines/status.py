@@ -1,0 +1,70 @@
+"""List the runs below an artifact directory: `python -m pipelines.status --artifacts artifacts`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rlhf.artifacts import Artifact
+from rlhf.errors import UserError
+
+ORDER = ("pretrain", "sft", "reward", "ppo", "evaluate")
+
+
+def status(root: Path) -> list[str]:
+    """One line per stage: complete, stale, interrupted or damaged, with its time and headline."""
+    lines = []
+    for run in sorted(path for path in root.iterdir() if path.is_dir()):
+        stages = sorted((path for path in run.iterdir() if path.is_dir()), key=_order)
+        lines += [f"{run.name}/{stage.name:10} {describe(stage)}" for stage in stages]
+    return lines
+
+
+def _order(path: Path) -> tuple[int, str]:
+    stage = path.name.split(".")[0]
+    return (ORDER.index(stage) if stage in ORDER else len(ORDER), path.name)
+
+
+def describe(stage: Path) -> str:
+    """State of one stage folder."""
+    if stage.suffix == ".partial":
+        return "interrupted: run the stage again to continue"
+    try:
+        artifact = Artifact.load(stage)
+    except UserError as error:
+        return f"damaged: {error}"
+    stale = stale_inputs(artifact)
+    if stale:
+        return f"stale: {', '.join(stale)} changed since; run the stage again"
+    manifest = artifact.manifest
+    return f"complete in {manifest['wall_seconds']:.0f} s, {manifest['peak_memory_gib']:.1f} GiB"
+
+
+def stale_inputs(artifact: Artifact) -> list[str]:
+    """Inputs that are not what this stage was made from any more."""
+    stale = []
+    for reference, digest in artifact.manifest["inputs"].items():
+        path = artifact.path.parent / reference if "/" not in reference else Path(reference)
+        try:
+            current = Artifact.load(path)
+        except UserError:
+            stale.append(reference)
+            continue
+        if current.hash != digest or stale_inputs(current):
+            stale.append(reference)
+    return stale
+
+
+def main() -> int:
+    """Print the status; exit code 2 where there is no such directory."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.status", description=__doc__)
+    parser.add_argument("--artifacts", default="artifacts", metavar="DIR")
+    root = Path(parser.parse_args().artifacts)
+    if not root.is_dir():
+        print(f"error: --artifacts {root}: no such directory: run `make sft` first", file=sys.stderr)
+        return 2
+    print("\n".join(status(root)) or f"{root}: no runs yet")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

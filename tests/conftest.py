@@ -1,0 +1,16 @@
+"""Settings of every test: offline, quiet, two threads, no clock in property tests."""
+
+import os
+
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a launcher around pytest is not part of the tests
+    os.environ.pop(name, None)
+
+settings.register_profile("rlhf", deadline=None)
+settings.load_profile("rlhf")

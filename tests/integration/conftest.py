@@ -1,0 +1,32 @@
+"""One run of the `ci` recipe through the real entry points, shared by the integration tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_stage(stage: str, artifacts: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python -m pipelines.<stage> --recipe ci ...` as a user runs it; its output is shown when it fails."""
+    command = [sys.executable, "-m", f"pipelines.{stage}", "--recipe", "ci", "--artifacts", str(artifacts), *arguments]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    if check and done.returncode:
+        pytest.fail(f"{' '.join(command)} exited with {done.returncode}:\n{done.stderr[-3000:]}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def ci_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run of all five stages."""
+    artifacts = tmp_path_factory.mktemp("artifacts")
+    for stage in STAGES:
+        run_stage(stage, artifacts)
+    return artifacts / "ci"

@@ -1,0 +1,111 @@
+"""One process and two (gloo, this machine): the same run of the same global batch; rank 0 alone writes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf.ppo import stage as ppo_stage
+from rlhf.stage import run_stage
+from tests.builders import build_recipe
+from tests.ppo_toys import PEFT, build_artifacts, rows_of
+from tests.tolerances import assert_close
+
+ROOT = Path(__file__).resolve().parents[2]
+PPO = {
+    "total_episodes": 24,
+    "rollout_batch_size": 8,
+    "num_ppo_epochs": 2,
+    "max_tokens_per_micro_batch": 20,  # about one row each, and an odd number of rows: ranks have uneven work
+    "learning_rate": 3e-3,
+    "eval_every": 2,
+    "eval_prompts": 64,  # the split has 6
+    "best_metric": None,  # publish the last step
+    "checkpoint_every": 2,
+    "sample_every": 1,
+    "whiten_rewards": True,
+    "normalize_scores": True,
+    "rewards": [{"artifact": "reward"}, {"function": "tests.ppo_toys:share_of_e"}],
+}
+
+
+SHAPES = {"full-separate": 1, "lora-separate": 8}  # and the mini-batch size: with 1, one rank has a dummy every time
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    """Finished runs: `roots[shape, processes]` is the artifact directory. Both shapes share a launch: imports cost."""
+    made = {(shape, count): tmp_path_factory.mktemp(f"{shape}-{count}") for shape in SHAPES for count in (1, 2)}
+    for (shape, count), root in made.items():
+        kind, critic = shape.split("-")
+        ppo = PPO | {"critic": critic, "mini_batch_size": SHAPES[shape]}
+        recipe = build_recipe(root, ppo=ppo, peft=PEFT if kind == "lora" else None)
+        build_artifacts(root, lora=kind == "lora")
+        if count == 1:
+            run_stage(ppo_stage.STAGE, recipe, root, "toy")
+    launch([root for (_, count), root in made.items() if count == 2])
+    return made
+
+
+def launch(roots: list[Path]) -> None:
+    """The ppo stage below each root, one after the other, under `accelerate launch` with two CPU processes.
+
+    `--multi_gpu` is accelerate's word for torchrun; with `--cpu` it would run one process and say nothing.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "0"]
+    command += ["--num_cpu_threads_per_process", "1", str(Path(__file__)), *map(str, roots)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
+    assert sorted(line["rank"] for line in ranks) == [0, 1]
+    assert {line["processes"] for line in ranks} == {2}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_processes_log_the_run_of_one(roots, shape):
+    one, two = (rows_of(roots[shape, count] / "toy" / "ppo" / "metrics.jsonl") for count in (1, 2))
+    assert [row["ppo_step"] for row in two] == [1, 2, 3]  # one row per step: rank 0 alone wrote
+    for expected, row in zip(one, two, strict=True):
+        assert row.keys() == expected.keys()
+        for key in row:
+            assert_close(row[key], expected[key], rtol=1e-3, atol=1e-4)
+    samples = [rows_of(roots[shape, count] / "toy" / "ppo" / "samples.jsonl") for count in (1, 2)]
+    assert [row["response_ids"] for row in samples[0]] == [row["response_ids"] for row in samples[1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("part", ["model", "critic"])
+def test_two_processes_end_with_the_weights_of_one(roots, shape, part):
+    one, two = (load_file(roots[shape, count] / "toy" / "ppo" / part / "model.safetensors") for count in (1, 2))
+    start = load_file(
+        roots[shape, 1] / "toy" / ("sft" if part == "model" else "reward") / "model" / "model.safetensors"
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+    moved = max(float((tensor - start[name]).abs().max()) for name, tensor in one.items() if name in start)
+    assert moved > 5e-3  # fifty times the tolerance
+
+
+def main() -> None:
+    """What each process of `launch` runs."""
+    import accelerate
+
+    from rlhf.recipe import load_recipe
+
+    torch.set_num_threads(1)
+    for root in map(Path, sys.argv[1:]):
+        run_stage(ppo_stage.STAGE, load_recipe(str(root / "toy.yaml")), root, "toy")
+    state = accelerate.PartialState()
+    print(json.dumps({"rank": state.process_index, "processes": state.num_processes}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

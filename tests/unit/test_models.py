@@ -1,0 +1,259 @@
+"""Forwards of a rollout against plain transformers calls; saving; special tokens."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, LlamaForCausalLM
+
+from rlhf.models import (
+    ActorCritic,
+    Scorer,
+    check_saved,
+    disable_dropout,
+    init_score_head,
+    last_position,
+    load_model,
+    new_reward_model,
+    position_ids,
+    response_logprobs,
+    save_model,
+    trunk_of,
+)
+from rlhf.ppo.build import value_head
+from tests.builders import build_model, build_tokenizer
+from tests.ppo_toys import lively
+from tests.tolerances import assert_close
+
+PROMPTS = [[1, 40, 41], [1, 42, 43, 44, 45], [1, 50]]
+RESPONSES = [[60, 61, 62, 2], [63, 2], [64, 0, 65]]  # the last one holds the pad token (0)
+TEMPERATURE = 0.7
+
+
+def gpt2():
+    return lively(build_model(build_tokenizer(), n_layer=2))
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=280,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+MODELS = {"gpt2": gpt2, "llama": llama}
+
+
+def joined(prompts, responses, left=0, right=0, pad=0):
+    """input_ids and attention_mask: prompts left-padded (`left` more than needed), responses right-padded."""
+    width, length = max(map(len, prompts)) + left, max(map(len, responses)) + right
+    rows, masks = [], []
+    for p, r in zip(prompts, responses, strict=True):
+        rows.append([pad] * (width - len(p)) + p + r + [pad] * (length - len(r)))
+        masks.append([0] * (width - len(p)) + [1] * (len(p) + len(r)) + [0] * (length - len(r)))
+    return torch.tensor(rows), torch.tensor(masks), length
+
+
+def by_hand(model, prompt, response, temperature):
+    """log-probs, entropies and hidden states of one unpadded row from a plain full forward."""
+    ids = torch.tensor([prompt + response])
+    out = model(ids, output_hidden_states=True)
+    logp = (out.logits[0].double() / temperature).log_softmax(-1)
+    places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+    logprobs = [float(logp[place, token]) for place, token in zip(places, response, strict=True)]
+    entropies = [float(-(logp[place].exp() * logp[place]).sum()) for place in places]
+    return logprobs, entropies, out.hidden_states[-1][0, len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("left", "right", "pad"), [(0, 0, 0), (3, 2, 0), (1, 0, 77)])
+@torch.no_grad()
+def test_response_logprobs_are_those_of_a_plain_forward(name, left, right, pad):
+    model = MODELS[name]()
+    ids, mask, length = joined(PROMPTS, RESPONSES, left, right, pad)
+    logprobs, entropy, hidden = response_logprobs(model, ids, mask, length, TEMPERATURE, entropy=True)
+    assert logprobs.shape == entropy.shape == (3, length)
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        expected = by_hand(model, prompt, response, TEMPERATURE)
+        n = len(response)
+        assert_close(logprobs[row, :n], expected[0], atol=1e-5)
+        assert_close(entropy[row, :n], expected[1], atol=1e-5)
+        assert_close(hidden[row, :n], expected[2], atol=1e-5)
+
+
+@torch.no_grad()
+def test_batch_order_and_packing_change_nothing():
+    model = gpt2()
+    ids, mask, length = joined(PROMPTS, RESPONSES)
+    whole = response_logprobs(model, ids, mask, length, TEMPERATURE, entropy=False)[0]
+    turned = response_logprobs(model, ids.flip(0), mask.flip(0), length, TEMPERATURE, entropy=False)[0].flip(0)
+    keep = mask[:, -length:].bool()
+    assert_close(turned[keep], whole[keep], atol=1e-5)
+    for row in range(3):
+        one = joined(PROMPTS[row : row + 1], RESPONSES[row : row + 1])
+        alone = response_logprobs(model, *one, TEMPERATURE, entropy=False)[0]
+        assert_close(alone[0], whole[row, : len(RESPONSES[row])], atol=1e-5)
+
+
+def test_temperature_divides_the_logits():
+    model = gpt2()
+    ids, mask, length = joined(PROMPTS[:1], RESPONSES[:1])
+    cold = response_logprobs(model, ids, mask, length, 0.5, entropy=True)
+    warm = response_logprobs(model, ids, mask, length, 2.0, entropy=True)
+    assert (cold[1] < warm[1]).all()
+    assert (cold[0] - warm[0]).abs().max() > 0.1
+
+
+def test_only_the_response_gets_logits():
+    model = gpt2()
+    seen = []
+    model.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
+    ids, mask, length = joined(PROMPTS, RESPONSES, left=9)
+    response_logprobs(model, ids, mask, length, TEMPERATURE, entropy=False)
+    assert seen == [length + 1]
+
+
+def test_position_ids_start_at_the_first_real_token():
+    assert position_ids(torch.tensor([[0, 0, 1, 1, 1, 0]])).tolist() == [[0, 0, 0, 1, 2, 2]]
+
+
+def test_last_position_with_padding_on_either_side():
+    values = torch.arange(12.0).reshape(3, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1]])
+    assert last_position(values, mask).tolist() == [3.0, 6.0, 11.0]
+
+
+# ------------------------------------------------------------------------------------------------------------ rewards
+def sequence_classifier(tmp_path, name):
+    MODELS[name]().save_pretrained(tmp_path / name)
+    return new_reward_model(tmp_path / name, seed=5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_scorer_gives_the_logits_of_the_sequence_classifier(tmp_path, name, side):
+    model = sequence_classifier(tmp_path, name)
+    rows = [[1, 40, 60, 2], [1, 41, 42, 61, 62, 63, 2], [1, 2]]
+    width = max(map(len, rows)) + 2
+    padded, masks = [], []
+    for row in rows:
+        filler, ones = [0] * (width - len(row)), [1] * len(row)
+        padded.append(filler + row if side == "left" else row + filler)
+        masks.append(filler + ones if side == "left" else ones + filler)
+    ids, mask = torch.tensor(padded), torch.tensor(masks)
+    ours = last_position(Scorer(model)(ids, mask), mask)
+    alone = [float(model(torch.tensor([row])).logits) for row in rows]
+    assert_close(ours, alone, atol=1e-5)
+    theirs = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits.squeeze(-1)
+    assert_close(ours, theirs, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_pad_token_inside_a_response_does_not_move_the_score(tmp_path):
+    model = sequence_classifier(tmp_path, "gpt2")
+    row = [1, 40, 60, 0, 61, 0]  # the policy sampled the pad token, at last even as its last token
+    scores = {}
+    for left, right in ((0, 0), (2, 0), (0, 3)):
+        ids = torch.tensor([[0] * left + row + [0] * right])
+        mask = torch.tensor([[0] * left + [1] * len(row) + [0] * right])
+        scores[left, right] = float(last_position(Scorer(model)(ids, mask), mask))
+    hidden = trunk_of(model)(torch.tensor([row])).last_hidden_state[0, -1]
+    assert_close(list(scores.values()), [float(model.score(hidden))] * 3, atol=1e-5)
+
+
+def test_score_head_is_drawn_with_variance_one_over_d_plus_one():
+    model = nn.Module()
+    model.score = nn.Linear(4095, 16, bias=False).requires_grad_(False)
+    init_score_head(model, seed=0)
+    assert abs(float(model.score.weight.std()) - 4096**-0.5) < 0.01 * 4096**-0.5
+    assert abs(float(model.score.weight.mean())) < 3e-4
+
+
+# ------------------------------------------------------------------------------------------------------- actor-critic
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_values_are_those_of_the_state_before_each_token(tmp_path, name):
+    critic = sequence_classifier(tmp_path, name)
+    policy = load_model(tmp_path / name)
+    head = value_head(policy, seed=5)
+    responses = [[60, 61, 62, 2], [63, 2], [64, 65]]  # no pad token: the classifier would not read its score there
+    ids, mask, length = joined(PROMPTS, responses, left=1)
+    separate = ActorCritic(policy, critic, None)(ids, mask, length, TEMPERATURE).values
+    shared = ActorCritic(policy, None, head)(ids, mask, length, TEMPERATURE).values
+    for row, (prompt, response) in enumerate(zip(PROMPTS, responses, strict=True)):
+        for t in range(len(response)):
+            # the sequence classifier reads its score at the last token: the state before token t ends there
+            expected = float(critic(torch.tensor([prompt + response[:t]])).logits)
+            assert_close(separate[row, t], expected, atol=1e-5)
+            assert_close(shared[row, t], expected, atol=1e-5)  # same trunk, and the head is drawn by the same rule
+
+
+def test_actor_critic_wants_exactly_one_critic():
+    model = gpt2()
+    with pytest.raises(ValueError, match="exactly one"):
+        ActorCritic(model, None, None)
+    with pytest.raises(ValueError, match="exactly one"):
+        ActorCritic(model, model, nn.Linear(16, 1))
+
+
+def test_modes_agree_and_entropy_is_measured_only_in_rollouts(tmp_path):
+    model = ActorCritic(gpt2(), None, nn.Linear(16, 1, bias=False))
+    batch = joined(PROMPTS, RESPONSES)
+    train, rollout = model(*batch, TEMPERATURE), model(*batch, TEMPERATURE, mode="rollout")
+    assert train.entropy is None and rollout.entropy.shape == train.logprobs.shape
+    assert torch.equal(train.logprobs, rollout.logprobs) and torch.equal(train.values, rollout.values)
+
+
+def test_dropout_is_off_after_loading(tmp_path):
+    config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64, n_positions=16)
+    assert config.resid_pdrop == config.attn_pdrop == config.embd_pdrop == 0.1
+    build_model(build_tokenizer()).__class__(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path).train()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout))
+
+
+def test_llama_attention_dropout_is_off():
+    model = llama()
+    model.config.attention_dropout = 0.5
+    disable_dropout(model)
+    model.train()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+# --------------------------------------------------------------------------------------------------------------- save
+def test_a_saved_model_comes_back_and_a_tied_head_stays_tied(tmp_path):
+    tokenizer = build_tokenizer()
+    model = lively(build_model(tokenizer))
+    save_model(model, tokenizer, tmp_path)
+    check_saved(model, tmp_path, "causal")
+    again = load_model(tmp_path)
+    assert again.lm_head.weight is again.transformer.wte.weight
+    assert (again.config.eos_token_id, again.config.pad_token_id) == (2, 0)
+    assert (again.generation_config.eos_token_id, again.generation_config.pad_token_id) == (2, 0)
+
+
+def test_check_saved_notices_a_lost_score_head(tmp_path):
+    tokenizer = build_tokenizer()
+    build_model(tokenizer).save_pretrained(tmp_path / "base")
+    model = new_reward_model(tmp_path / "base", seed=0)
+    save_model(model, tokenizer, tmp_path / "model")
+    check_saved(model, tmp_path / "model", "score")
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").config.num_labels == 1
+    with torch.no_grad():
+        model.score.weight *= 1.1
+    with pytest.raises(RuntimeError, match="outputs differ"):
+        check_saved(model, tmp_path / "model", "score")

@@ -1,0 +1,135 @@
+"""Prompt order, random numbers, shares of ranks, and forwards over a rollout."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf.ppo.generation.plain import left_pad
+from rlhf.ppo.rollout import PromptStream, Rollout, evaluate_tokens, micro_batches, my_share, uniforms
+from tests.ppo_toys import SHAPES, first_rollout, toy_trainer
+from tests.tolerances import assert_close
+
+
+def rank(index=0, count=1):
+    """As much of an Accelerator as the functions under test use; alone it reduces to itself."""
+    return SimpleNamespace(process_index=index, num_processes=count, reduce=lambda x, how: x, gather=lambda x: x)
+
+
+def rollout_of(prompts, lengths, width=6):
+    ids, mask = left_pad(prompts, 0)
+    response_mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    response_ids = torch.where(response_mask, torch.arange(10, 10 + width).expand(len(lengths), width), 0)
+    n = len(prompts)
+    texts = [str(i) for i in range(n)]
+    return Rollout(
+        ids, mask, response_ids, response_mask, torch.ones(n).bool(), torch.zeros(n, width), texts, texts, {}
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- prompt order
+def test_each_pass_shows_every_prompt_once_in_another_order():
+    stream = PromptStream(count=10, batch_size=5, seed=3)
+    passes = [stream.indices(step) + stream.indices(step + 1) for step in (0, 2, 4)]
+    assert all(sorted(rows) == list(range(10)) for rows in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_fewer_prompts_than_a_batch_are_cycled_and_reshuffled():
+    rows = PromptStream(count=3, batch_size=9, seed=0).indices(0)
+    parts = [rows[0:3], rows[3:6], rows[6:9]]
+    assert all(sorted(part) == [0, 1, 2] for part in parts)
+    assert len({tuple(part) for part in parts}) > 1
+
+
+def test_a_batch_depends_on_the_seed_and_its_number_alone():
+    walked = PromptStream(7, 4, seed=1)
+    trace = [walked.indices(step) for step in range(6)]
+    assert [PromptStream(7, 4, seed=1).indices(step) for step in (5, 2, 0)] == [trace[5], trace[2], trace[0]]
+    assert [PromptStream(7, 4, seed=2).indices(step) for step in range(6)] != trace
+
+
+def test_no_prompts_is_an_error():
+    with pytest.raises(ValueError, match="split is empty"):
+        PromptStream(0, 4, seed=0)
+
+
+def test_uniform_numbers_depend_on_the_key():
+    assert torch.equal(uniforms(4, 5, 0, 1, 2), uniforms(4, 5, 0, 1, 2))
+    others = [uniforms(4, 5, *key) for key in ((0, 1, 3), (0, 0, 2), (1, 1, 2))]
+    assert all(not torch.equal(uniforms(4, 5, 0, 1, 2), other) for other in others)
+    many = uniforms(100, 100, 9)
+    assert float(many.min()) >= 0 and float(many.max()) < 1 and abs(float(many.mean()) - 0.5) < 0.01
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(8, 1), (8, 2), (7, 2), (5, 4), (1, 3)])
+def test_shares_are_equally_long_and_gather_to_the_whole(count, ranks):
+    shares = [my_share(count, rank(index, ranks)) for index in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert [row for share in shares for row in share][:count] == list(range(count))
+
+
+# ------------------------------------------------------------------------------------------------------ micro-batches
+def test_a_batch_is_trimmed_to_its_rows():
+    rollout = rollout_of([[1, 5], [1, 5, 6, 7], [1]], [2, 3, 6])
+    batch = rollout.batch([0, 2])
+    assert batch.length == 6
+    assert batch.input_ids.tolist() == [[1, 5, 10, 11, 0, 0, 0, 0], [0, 1, 10, 11, 12, 13, 14, 15]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1]]
+    assert batch.fit(rollout.response_mask).shape == (2, 6)
+    assert rollout.batch([0]).fit(rollout.response_ids).tolist() == [[10, 11]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_row_counts_once_over_all_ranks(ranks):
+    rollout = rollout_of([[1]] * 5, [6, 1, 1, 2, 3])
+    rows = [4, 0, 2, 3]
+    seen, counts = [], set()
+    for index in range(ranks):
+        batches = list(micro_batches(rollout, rows, max_tokens=7, accelerator=rank(index, ranks)))
+        counts.add(len(batches))
+        seen += [int(row) for batch, real in batches if real for row in batch.index]
+    assert sorted(seen) == sorted(rows)
+    assert len(counts) == 1  # collectives must match
+
+
+def test_dummy_micro_batches_do_not_count():
+    rollout = rollout_of([[1]] * 2, [6, 6])
+    plans = [list(micro_batches(rollout, [0], 100, rank(index, 2))) for index in (0, 1)]
+    assert [[real for _, real in plan] for plan in plans] == [[True], [False]]
+    other = evaluate_tokens(rollout, lambda batch: [torch.ones(len(batch.index), batch.length)], 1, 100, rank(1, 2))
+    first = evaluate_tokens(rollout, lambda batch: [torch.ones(len(batch.index), batch.length)], 1, 100, rank(0, 2))
+    assert_close(first[0] + other[0], torch.ones(2, 6))
+
+
+def test_evaluate_tokens_puts_rows_in_their_place_and_zero_on_padding():
+    rollout = rollout_of([[1, 2], [1], [1, 2, 3]], [1, 4, 2])
+    nan = float("nan")
+
+    def forward(batch):
+        out = batch.input_ids[:, -batch.length :].float() * 10 + batch.index[:, None]
+        return [torch.where(batch.fit(rollout.response_mask), out, nan)]
+
+    for budget in (1, 8, 100):
+        (out,) = evaluate_tokens(rollout, forward, 1, budget, rank())
+        assert out.tolist() == [[100, 0, 0, 0, 0, 0], [101, 111, 121, 131, 0, 0], [102, 112, 0, 0, 0, 0]]
+
+
+# ------------------------------------------------------------------------------------------------------ whole rollouts
+@pytest.mark.parametrize("shape", SHAPES)
+def test_micro_batch_packing_changes_nothing(tmp_path, shape):
+    sizes = {"rollout_batch_size": 8, "mini_batch_size": 8, "total_episodes": 8}
+    one = first_rollout(toy_trainer(tmp_path, shape, sizes | {"max_tokens_per_micro_batch": 4096}))
+    many = first_rollout(toy_trainer(tmp_path, shape, sizes | {"max_tokens_per_micro_batch": 1}))
+    assert torch.equal(one.response_ids, many.response_ids)
+    for name in ("logprobs", "ref_logprobs", "values", "entropy", "scores"):
+        assert_close(getattr(many, name), getattr(one, name), atol=2e-5)
+    assert one.values.abs().max() > 0.1 and one.logprobs.min() < -1  # numbers that could differ
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sampler_training_and_reference_logprobs_agree_before_any_update(tmp_path, shape):
+    rollout = first_rollout(toy_trainer(tmp_path, shape, {"temperature": 0.6}))
+    assert_close(rollout.sampler_logprobs, rollout.logprobs, atol=1e-5)
+    assert_close(rollout.ref_logprobs, rollout.logprobs, atol=1e-5)
+    assert rollout.response_mask.any(dim=1).all()

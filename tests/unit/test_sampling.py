@@ -1,0 +1,68 @@
+"""Samples of published models, and what is measured on them."""
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, GenerationConfig
+
+from rlhf.data import Renderer
+from rlhf.sampling import response_logprob_sums, sample_responses, score_sequences
+from tests.builders import build_model, build_tokenizer
+from tests.ppo_toys import lively
+from tests.tolerances import assert_close
+
+PROMPTS = ["the film", "a dull movie", "it", "too soon and loud"]
+
+
+@pytest.fixture
+def model():
+    return lively(build_model(build_tokenizer()))
+
+
+@pytest.fixture
+def renderer():
+    return Renderer(build_tokenizer(), chat=False)
+
+
+def test_samples_do_not_depend_on_the_batch_size(model, renderer):
+    one = sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=1, batch_size=1)
+    all_ = sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=1, batch_size=4)
+    assert one.response_ids == all_.response_ids and one.responses == all_.responses
+    assert one.prompts == PROMPTS
+    assert one.response_ids != sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=2).response_ids
+
+
+def test_lengths_and_eos_rate(model, renderer):
+    samples = sample_responses(model, renderer, PROMPTS * 8, 10, 1.0, seed=1)
+    assert samples.has_eos == [ids[-1] == 2 for ids in samples.response_ids]
+    assert 0 < samples.eos_rate < 1 and samples.eos_rate == sum(samples.has_eos) / 32
+    assert samples.lengths == [len(ids) for ids in samples.response_ids] and max(samples.lengths) <= 10
+    assert not any("<|eos|>" in text for text in samples.responses)
+
+
+def test_the_models_generation_config_is_ignored_and_restored(model, renderer):
+    plain = sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=1).response_ids
+    own = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=5.0, eos_token_id=2)
+    model.generation_config = own
+    assert sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=1).response_ids == plain
+    assert model.generation_config is own
+
+
+def test_logprob_sums_are_those_of_single_rows(model, renderer):
+    samples = sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=1)
+    sums = response_logprob_sums(model, samples, 0.7, pad_id=0, batch_size=3)
+    for prompt, response, total in zip(samples.prompt_ids, samples.response_ids, sums, strict=True):
+        with torch.no_grad():
+            logp = (model(torch.tensor([prompt + response])).logits[0] / 0.7).log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
+        expected = sum(float(logp[place, token]) for place, token in zip(places, response, strict=True))
+        assert_close(total, expected, atol=1e-4)
+
+
+def test_scores_of_sequences_are_the_classifiers(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
+    rows = [[1, 40, 2], [1, 41, 42, 43, 2], [1, 2], [1, 50, 51, 2]]
+    scores = score_sequences(classifier, rows, pad_id=0, batch_size=3)
+    with torch.no_grad():
+        assert_close(scores, [float(classifier(torch.tensor([row])).logits) for row in rows], atol=1e-5)
