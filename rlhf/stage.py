@@ -58,6 +58,7 @@ class Stage:
         data: names of the data recipes it reads.
         check: raises UserError for whatever can be known before a model is loaded.
         build: writes the artifact's files into `ctx.dir` and returns the manifest's stage-specific part.
+        also: settings of other sections that the result depends on; part of the fingerprint.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Stage:
     data: Callable[[Recipe], list[str]]
     check: Callable[[StageContext], None]
     build: Callable[[StageContext], dict[str, Any]]
+    also: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
 
 
 @dataclass
@@ -123,6 +125,7 @@ def fingerprint(stage: Stage, ctx: StageContext) -> dict[str, Any]:
         "stage": stage.name,
         "version": stage.version,
         "section": section,
+        "also": stage.also(recipe),
         "model": recipe.model.model_dump(mode="json"),
         "peft": peft,
         "precision": recipe.hardware.precision,

@@ -25,7 +25,8 @@ _MAX_SHOWN = 80  # characters of an offending value that an error line quotes
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the YAML 1.2 core scalars and without duplicate keys."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # a fresh table: SafeLoader's holds the YAML 1.1 scalars
+    # A fresh table: SafeLoader's holds the YAML 1.1 scalars.
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         # Before merge keys (`<<`) are folded in, since overriding a merged key is what they are for.

@@ -165,4 +165,9 @@ def _data(recipe: Recipe) -> list[str]:
     return [recipe.evaluate.data or recipe.ppo.data, *judges]
 
 
-STAGE = Stage("evaluate", 1, inputs=_inputs, data=_data, check=check, build=build)
+def _also(recipe: Recipe) -> dict[str, Any]:
+    keys = {"response_length", "temperature", "top_p", "stop_strings", "rewards"}
+    return recipe.ppo.model_dump(mode="json", include=keys)
+
+
+STAGE = Stage("evaluate", 1, inputs=_inputs, data=_data, check=check, build=build, also=_also)

@@ -74,6 +74,7 @@ def check(ctx: StageContext) -> None:
             load_function(source.function)
         elif "reward_statistics" not in ctx.inputs[source.artifact].manifest:
             raise UserError(f"ppo.rewards: artifact {source.artifact} is no reward model: name a `reward` stage")
+    warn_other_sampling(ctx)
     if config.gradient_checkpointing and recipe.uses_peft("ppo") and config.critic == "separate":
         raise UserError(
             "ppo.gradient_checkpointing: with LoRA and critic: separate the recomputation would run with the wrong "
@@ -86,6 +87,23 @@ def check(ctx: StageContext) -> None:
                 f"ppo.critic_init: {source.path} holds no adapter of this run's SFT model, which a LoRA critic starts "
                 "from: add `reward` to peft.stages and redo it, or set ppo.critic_init: sft"
             )
+
+
+def warn_other_sampling(ctx: StageContext) -> None:
+    """Say so where a reward model's mean and std were measured on samples of other settings than this run's."""
+    config = ctx.recipe.ppo
+    for source in config.rewards:
+        statistics = ctx.inputs[source.artifact].manifest["reward_statistics"] if source.artifact else {}
+        for key in ("temperature", "response_length"):
+            if statistics.get(key, getattr(config, key)) != getattr(config, key):
+                logger.warning(
+                    "reward statistics of %s were measured with %s %s, this run samples with %s: scores may not average "
+                    "0 on SFT samples; redo the reward stage with the new setting to be exact",
+                    source.artifact,
+                    key,
+                    statistics[key],
+                    getattr(config, key),
+                )
 
 
 def build(ctx: StageContext) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Scalar reward model: TRL's RewardTrainer from the SFT artifact, measured on held-out pairs beside trivial baselines."""
+"""Scalar reward model: TRL's RewardTrainer from the SFT artifact, measured on held-out pairs beside baselines."""
 
 from __future__ import annotations
 
@@ -132,7 +132,13 @@ class Measured:
         samples = sample_published(self.ctx, self.renderer, prompts, self.ctx.inputs["sft"].model_dir, self.ctx.seed)
         ids = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
         scores = self._scores(ids)
-        return {"mean": float(scores.mean()), "std": float(max(scores.std(), 1e-6)), "samples": len(ids)}
+        return {
+            "mean": float(scores.mean()),
+            "std": float(max(scores.std(), 1e-6)),
+            "samples": len(ids),
+            "temperature": recipe.ppo.temperature if recipe.ppo else 1.0,
+            "response_length": recipe.ppo.response_length if recipe.ppo else max(samples.lengths),
+        }
 
 
 def baselines(train_rows: list[dict], test_rows: list[dict]) -> dict[str, float]:

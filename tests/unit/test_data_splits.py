@@ -59,7 +59,7 @@ def test_duplicates_stay_on_one_side():
     keys = [f"group {i // 2}" for i in range(1000)]
     for spec in (SplitSpec(), SplitSpec(rows={"a": 501, "b": 400, "c": 99 - 1 + 1})):
         if spec.rows:
-            with pytest.raises(UserError, match="split.rows.a: 501 rows wanted, but 1 are missing"):
+            with pytest.raises(UserError, match=r"split\.rows\.a: 501 rows wanted, but 1 are missing"):
                 assign_splits(keys, spec)
             continue
         sides: dict = {}
