@@ -377,6 +377,8 @@ class ActorCritic(nn.Module):
         self.has_adapters = bool(adapters)
         self.critic_adapter = "critic" if "critic" in adapters else None
         self.reward_heads = nn.ModuleDict()
+        # Accelerate asks the module that it wraps which blocks FSDP shards on their own.
+        self._no_split_modules = list(getattr(policy, "_no_split_modules", None) or ())
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Trainable parameters that the policy's outputs depend on (a shared trunk included)."""

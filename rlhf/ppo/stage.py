@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.cards import write_card
@@ -97,8 +98,8 @@ def warn_other_sampling(ctx: StageContext) -> None:
         for key in ("temperature", "response_length"):
             if statistics.get(key, getattr(config, key)) != getattr(config, key):
                 logger.warning(
-                    "reward statistics of %s were measured with %s %s, this run samples with %s: scores may not average "
-                    "0 on SFT samples; redo the reward stage with the new setting to be exact",
+                    "reward statistics of %s were measured with %s %s, this run samples with %s: scores may not "
+                    "average 0 on SFT samples; redo the reward stage with the new setting to be exact",
                     source.artifact,
                     key,
                     statistics[key],
@@ -136,6 +137,9 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         weight_decay=0.0,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.is_fsdp2:
+        register_fsdp_forward_method(model, "generate")  # gathers weights around it, as around forward
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
     eval_prompts = None
     if config.eval_every:
@@ -148,7 +152,9 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         optimizer=optimizer,
         reference=Reference(ctx, model, accelerator),
         rewards=build_rewards(ctx, model, accelerator),
-        generator=PlainGenerator(accelerator.unwrap_model(model), tokenizer, config.stop_strings, autocast=dtype),
+        generator=PlainGenerator(
+            accelerator.unwrap_model(model), tokenizer, config.stop_strings, synced=sharded, autocast=dtype
+        ),
         prompts=load_prompts(config.data, config.split, renderer, config.max_prompt_length),
         eval_prompts=eval_prompts,
         decode=renderer.decode_response,

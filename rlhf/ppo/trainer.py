@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlhf.logs import MetricsWriter
 from rlhf.models import Outputs
@@ -356,7 +357,7 @@ class PPOTrainer:
         """Norm before clipping; clips to `max_grad_norm` if set."""
         limit = self.config.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
-        value = float(norm)
+        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # sharded by FSDP2
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"ppo_step {self.ppo_step + 1}: gradient norm is {value}; lower ppo.learning_rate, or look for "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,32 @@ def test_two_processes_end_with_the_weights_of_one(roots, shape, part):
         assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
     moved = max(float((tensor - start[name]).abs().max()) for name, tensor in one.items() if name in start)
     assert moved > 5e-3  # fifty times the tolerance
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_sharded_weights_give_the_same_forward_gradient_and_samples(tmp_path, critic):
+    """FSDP2's `fully_shard` on gloo (Accelerate uses it on GPUs alone); ranks sample unlike numbers of prompts."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += [str(ROOT / "tests" / "fsdp2_worker.py"), str(tmp_path), critic]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("sharded equals whole") == 2
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def main() -> None:
