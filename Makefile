@@ -64,7 +64,7 @@ status: $(STAMP) ## runs, their stages, and what is stale
 	@$(PY) -m pipelines.status --artifacts "$(ARTIFACTS)"
 
 notebook: $(STAMP) ## execute notebooks/reward_curves.ipynb on a finished run
-	@RLHF_RUN_DIR="$(abspath $(ARTIFACTS))/$(or $(RUN),$(RECIPE))" $(VENV)/bin/jupyter execute --inplace notebooks/reward_curves.ipynb
+	@RLHF_RUN_DIR="$(abspath $(ARTIFACTS))/$(or $(RUN),$(basename $(notdir $(RECIPE))))" $(VENV)/bin/jupyter execute --inplace notebooks/reward_curves.ipynb
 
 test: $(STAMP) ## unit, contract and integration tests, offline
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow and not gpu"

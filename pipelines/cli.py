@@ -52,6 +52,7 @@ def setup_logging() -> None:
     err.setLevel(logging.WARNING)
     logging.basicConfig(format="%(message)s", handlers=[out, err], level=logging.WARNING)
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -73,10 +73,10 @@ def hash_files(directory: Path) -> dict[str, str]:
     }
 
 
-def payload_hash(files: dict[str, str]) -> str:
-    """Identity of what later stages consume: the model files, without cards and logs."""
+def payload_hash(files: dict[str, str], statistics: Any = None) -> str:
+    """Identity of what later stages consume: the model files without cards and logs, and the reward statistics."""
     payload = {name: digest for name, digest in files.items() if name.startswith(PAYLOAD) and not name.endswith(".md")}
-    return sha256_json(payload or files)
+    return sha256_json(payload or files) if statistics is None else sha256_json([payload, statistics])
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def finish(partial: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     manifest = {
         "schema_version": SCHEMA_VERSION,
         **manifest,
-        "payload_hash": payload_hash(files),
+        "payload_hash": payload_hash(files, manifest.get("reward_statistics")),
         "files": files,
     }
     write_json(partial / MANIFEST, manifest)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.artifacts import sha256_file
 from rlhf.errors import UserError
 
 TextFunction = Callable[..., Any]  # (prompts, responses, **some_columns) -> floats
@@ -41,6 +42,30 @@ def load_function(spec: str) -> Callable[..., Any]:
     if not callable(target):
         raise UserError(f"function {spec!r}: it is a {type(target).__name__}, not callable; name a function")
     return target
+
+
+def source_hashes(specs: Sequence[str | None]) -> dict[str, str | None]:
+    """sha256 of the file that holds each `module:callable`; None where there is none. Nothing is imported.
+
+    Part of a stage's fingerprint: an edited reward function makes what it rewarded stale.
+    """
+    hashes: dict[str, str | None] = {}
+    for spec in specs:
+        if spec is None:
+            continue
+        path = _source_file(spec.partition(":")[0])
+        hashes[spec] = sha256_file(path) if path is not None else None
+    return hashes
+
+
+def _source_file(module: str) -> Path | None:
+    """Where the module's source is: below the working directory, or on the import path."""
+    relative = Path(*module.split("."))
+    for root in (str(Path.cwd()), *sys.path):
+        for path in (Path(root) / relative.with_suffix(".py"), Path(root) / relative / "__init__.py"):
+            if path.is_file():
+                return path
+    return None
 
 
 def call_text_function(

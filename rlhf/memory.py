@@ -29,7 +29,7 @@ def parameter_count(ctx: StageContext) -> tuple[int, int, int]:
         kwargs = {"gguf_file": recipe.model.gguf_file} if recipe.model.gguf_file else {}
         try:
             config = AutoConfig.from_pretrained(base_path(recipe.model), revision=recipe.model.revision, **kwargs)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"model {recipe.model.base}: cannot be loaded ({reason}): check model.base") from None
     with init_empty_weights():

@@ -66,7 +66,7 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(str(path), **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"tokenizer {path}: cannot be loaded ({_first_line(error)}): check the path or Hub id"
         ) from None
@@ -143,7 +143,7 @@ def load_model(
     try:
         with quiet_loading(kind == "score"):
             model = auto.from_pretrained(str(path), dtype=dtype, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model {path}: cannot be loaded ({_first_line(error)}): check the path or Hub id") from None
     disable_dropout(model)
     return model
@@ -223,27 +223,28 @@ def new_reward_model(directory: str | Path, seed: int) -> PreTrainedModel:
     return model
 
 
-def position_limit(path: str | Path, revision: str | None = None) -> int | None:
+def position_limit(path: str | Path, base: ModelSection | None = None) -> int | None:
     """Longest sequence that the model at `path` takes, from its config alone; None when it states none.
 
     Raises:
         UserError: no config at `path`.
     """
+    kwargs = {"revision": base.revision, "trust_remote_code": base.trust_remote_code} if base else {}
     try:
-        config = AutoConfig.from_pretrained(str(path), revision=revision).get_text_config()
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(str(path), **kwargs).get_text_config()
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model {path}: cannot be loaded ({_first_line(error)}): check the path or Hub id") from None
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return int(limit) if limit else None
 
 
-def check_position_limit(path: str | Path, length: int, what: str, revision: str | None = None) -> None:
+def check_position_limit(path: str | Path, length: int, what: str, base: ModelSection | None = None) -> None:
     """Raise where transformers would end in an index error or a CUDA assert (trl#1867).
 
     Raises:
         UserError: `length` tokens are more than the model at `path` takes.
     """
-    limit = position_limit(path, revision)
+    limit = position_limit(path, base)
     if limit is not None and length > limit:
         raise UserError(f"{what} = {length} tokens, the model's position limit is {limit}: lower the lengths")
 
@@ -499,6 +500,17 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     tokenizer.save_pretrained(directory)
 
 
+def check_tensors(state: dict[str, Tensor], directory: Path, kind: Literal["causal", "score"]) -> None:
+    """Compare a saved model with whole trained tensors, one by one on CPU.
+
+    Raises:
+        RuntimeError: a tensor differs or is missing.
+    """
+    for name, tensor in load_model(directory, kind).named_parameters():
+        if name not in state or not torch.equal(tensor, state[name].to("cpu", tensor.dtype)):
+            raise RuntimeError(f"{directory}: saved tensor {name} is not the trained one")
+
+
 def check_saved(model: PreTrainedModel, directory: Path, kind: Literal["causal", "score"]) -> None:
     """Load a saved model back and compare it with the one in memory.
 
@@ -510,10 +522,7 @@ def check_saved(model: PreTrainedModel, directory: Path, kind: Literal["causal",
     saved = load_model(directory, kind, dtype=model.dtype)
     size = sum(p.numel() * p.element_size() for p in saved.parameters())
     if size > 2e9:
-        mine = model.state_dict()
-        for name, tensor in saved.state_dict().items():
-            if not torch.equal(tensor, mine[name].to("cpu", tensor.dtype)):
-                raise RuntimeError(f"{directory}: saved tensor {name} differs from the trained one")
+        check_tensors(model.state_dict(), directory, kind)
         return
     vocab = saved.config.get_text_config().vocab_size
     ids = torch.arange(2 * 8).reshape(2, 8) * 7919 % vocab

@@ -23,7 +23,14 @@ from rlhf.cards import write_card
 from rlhf.data import load_data_recipe, load_rows
 from rlhf.errors import UserError
 from rlhf.logs import check_trackers
-from rlhf.models import load_base_model, load_base_tokenizer, tokenizer_identity
+from rlhf.models import (
+    base_path,
+    check_position_limit,
+    compute_dtype,
+    load_base_model,
+    load_base_tokenizer,
+    tokenizer_identity,
+)
 from rlhf.recipe import Architecture, Recipe
 from rlhf.stage import Stage, StageContext
 from rlhf.trainers import check_trainer_args, run_trainer, save_trained, trainer_args
@@ -100,9 +107,12 @@ def packed_blocks(
 def check(ctx: StageContext) -> None:
     """See `Stage.check`."""
     section = ctx.recipe.pretrain
+    compute_dtype(ctx.recipe)
     check_trackers(ctx.recipe.logging.report_to)
     check_trainer_args(TrainingArguments, section.trainer, "pretrain.trainer")
     architecture = section.architecture
+    if architecture is None and ctx.recipe.model.gguf_file is None:
+        check_position_limit(base_path(ctx.recipe.model), section.block_size, "pretrain.block_size", ctx.recipe.model)
     if architecture and section.block_size > architecture.n_positions:
         raise UserError(
             f"pretrain.block_size {section.block_size}: above architecture.n_positions {architecture.n_positions}: "
@@ -136,4 +146,4 @@ def _data(recipe: Recipe) -> list[str]:
     return recipe.pretrain.data if recipe.pretrain else []
 
 
-STAGE = Stage("pretrain", 1, inputs=lambda recipe: [], data=_data, check=check, build=build)
+STAGE = Stage("pretrain", 1, inputs=lambda recipe: [], data=_data, check=check, build=build, headline=("train_loss",))

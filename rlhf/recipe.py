@@ -223,6 +223,13 @@ class PPOSection(Section):
                 f"total_episodes {self.total_episodes} is below rollout_batch_size {self.rollout_batch_size}: "
                 "there would be no step; raise total_episodes"
             )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target needs a kl_coef above 0 to steer; it is 0: set kl_coef, for example to 0.05")
+        if self.kl_target is not None and 0.2 * self.rollout_batch_size >= self.kl_horizon:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon} is too short for rollout_batch_size {self.rollout_batch_size}: "
+                f"raise it to {self.rollout_batch_size} or more"
+            )
         if self.critic_init == "reward" and not any(s.artifact for s in self.rewards):
             raise ValueError("critic_init 'reward' needs a reward artifact in `rewards`; set critic_init: sft")
         return self

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from rlhf.data import Renderer
+from rlhf.errors import UserError
 from rlhf.models import position_ids, response_logprobs
 from rlhf.ppo.generation import PlainGenerator
 from rlhf.ppo.generation.plain import left_pad
@@ -36,6 +37,18 @@ class Samples:
     def eos_rate(self) -> float:
         """Share of responses that ended by themselves."""
         return sum(self.has_eos) / len(self.has_eos)
+
+
+def fitting_rows(rows: list[dict], renderer: Renderer, max_length: int | None) -> list[dict]:
+    """Rows whose prompt has at most `max_length` tokens (None = all): what PPO trains on is what gets measured.
+
+    Raises:
+        UserError: no row fits.
+    """
+    fits = [row for row in rows if max_length is None or len(renderer.prompt_ids(row["prompt"])) <= max_length]
+    if not fits:
+        raise UserError(f"none of {len(rows)} prompts fits ppo.max_prompt_length {max_length}: raise it")
+    return fits
 
 
 def sample_responses(

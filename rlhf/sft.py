@@ -28,7 +28,7 @@ from rlhf.models import (
     tokenizer_identity,
 )
 from rlhf.recipe import Recipe
-from rlhf.sampling import Samples, sample_responses
+from rlhf.sampling import Samples, fitting_rows, sample_responses
 from rlhf.stage import Stage, StageContext
 from rlhf.trainers import check_trainer_args, run_trainer, save_trained, trainer_args
 
@@ -80,7 +80,7 @@ def check(ctx: StageContext) -> None:
     if "pretrain" in ctx.inputs:
         check_position_limit(ctx.inputs["pretrain"].model_dir, section.max_length, "sft.max_length")
     elif recipe.model.gguf_file is None:
-        check_position_limit(base_path(recipe.model), section.max_length, "sft.max_length", recipe.model.revision)
+        check_position_limit(base_path(recipe.model), section.max_length, "sft.max_length", recipe.model)
 
 
 def build(ctx: StageContext) -> dict[str, Any]:
@@ -135,8 +135,10 @@ def measure_eos(ctx: StageContext, renderer: Renderer) -> dict[str, float]:
     section = ctx.recipe.sft
     if not section.eval_split or not section.eos_prompts:
         return {}
-    rows = load_rows(load_data_recipe(section.data), section.eval_split, "sft", limit=section.eos_prompts)
-    samples = sample_published(ctx, renderer, [row["prompt"] for row in rows], ctx.dir / "model", ctx.seed)
+    rows = load_rows(load_data_recipe(section.data), section.eval_split, "sft")
+    rows = fitting_rows(rows, renderer, ctx.recipe.ppo.max_prompt_length if ctx.recipe.ppo else None)
+    prompts = [row["prompt"] for row in rows[: section.eos_prompts]]
+    samples = sample_published(ctx, renderer, prompts, ctx.dir / "model", ctx.seed)
     if samples.eos_rate < 0.5:
         logger.warning(
             "sft: only %.0f %% of responses end within %d tokens: PPO will see mostly cut responses; train longer, "
@@ -151,4 +153,12 @@ def _inputs(recipe: Recipe) -> list[str]:
     return ["pretrain"] if recipe.pretrain else []
 
 
-STAGE = Stage("sft", 1, inputs=_inputs, data=lambda recipe: [recipe.sft.data], check=check, build=build)
+STAGE = Stage(
+    "sft",
+    1,
+    inputs=_inputs,
+    data=lambda recipe: [recipe.sft.data],
+    check=check,
+    build=build,
+    headline=("eval_loss", "eos_rate"),
+)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from rlhf.artifacts import (
     partial_dir,
     publish,
     recover,
+    sha256_file,
     sha256_json,
     write_json,
 )
@@ -59,6 +61,7 @@ class Stage:
         check: raises UserError for whatever can be known before a model is loaded.
         build: writes the artifact's files into `ctx.dir` and returns the manifest's stage-specific part.
         also: settings of other sections that the result depends on; part of the fingerprint.
+        headline: metrics shown when the stage is done.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Stage:
     check: Callable[[StageContext], None]
     build: Callable[[StageContext], dict[str, Any]]
     also: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
+    headline: tuple[str, ...] = ()
 
 
 @dataclass
@@ -127,12 +131,17 @@ def fingerprint(stage: Stage, ctx: StageContext) -> dict[str, Any]:
         "section": section,
         "also": stage.also(recipe),
         "model": recipe.model.model_dump(mode="json"),
+        "chat_template": _file_hash(recipe.model.chat_template),
         "peft": peft,
         "precision": recipe.hardware.precision,
         "seed": ctx.seed,
         "inputs": {name: artifact.hash for name, artifact in ctx.inputs.items()},
         "data": {name: data_fingerprint(load_data_recipe(name)) for name in sorted(set(stage.data(recipe)))},
     }
+
+
+def _file_hash(path: str | None) -> str | None:
+    return sha256_file(Path(path)) if path and Path(path).is_file() else None
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -285,7 +294,8 @@ def _process_state(recipe: Recipe) -> PartialState:
 
     # Without a GPU `PartialState()` does not notice a launch of several processes: each would take itself for rank 0.
     on_cpu = recipe.hardware.device == "cpu" or not torch.cuda.is_available()
-    return PartialState(cpu=True) if on_cpu else PartialState()
+    # Rank 0 measures and publishes while the others wait: longer than the ten minutes that NCCL would give it.
+    return PartialState(cpu=on_cpu, timeout=timedelta(hours=6))
 
 
 def _build(ctx: StageContext, action: str) -> Artifact:
@@ -303,8 +313,15 @@ def _build(ctx: StageContext, action: str) -> Artifact:
         if state.is_main_process:
             finish(ctx.dir, _manifest(ctx, result, time.perf_counter() - started))
             publish(ctx.dir, ctx.final)
+            _report(ctx, result, time.perf_counter() - started)
     state.wait_for_everyone()
     return Artifact.load(ctx.final)
+
+
+def _report(ctx: StageContext, result: dict[str, Any], seconds: float) -> None:
+    metrics = result.get("metrics", {})
+    shown = [f"{name} {metrics[name]:.3g}" for name in ctx.stage.headline if name in metrics]
+    logger.info("%s: done in %.0f s%s", ctx.final, seconds, f" ({', '.join(shown)})" if shown else "")
 
 
 @contextmanager

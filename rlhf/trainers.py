@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import DistributedType
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from rlhf.errors import UserError
 from rlhf.logs import trainer_callback
-from rlhf.models import check_saved, compute_dtype, load_model, save_model
+from rlhf.models import check_saved, check_tensors, compute_dtype, load_model, save_model
 from rlhf.stage import StageContext
 from rlhf.yamlio import nearest
 
@@ -86,7 +87,7 @@ def trainer_args(config_cls: type, values: dict[str, Any], ctx: StageContext, **
             output_dir=str(ctx.checkpoints),
             seed=ctx.seed,
             data_seed=ctx.seed,
-            use_cpu=recipe.hardware.device == "cpu",
+            use_cpu=recipe.hardware.device == "cpu" or not torch.cuda.is_available(),
             bf16=bf16,
             report_to=list(recipe.logging.report_to),
             run_name=f"{ctx.run}/{ctx.stage.name}",
@@ -176,7 +177,12 @@ def save_trained(
     else:
         model.save_pretrained(ctx.dir / "model", state_dict=state)
         tokenizer.save_pretrained(ctx.dir / "model")
-    check_saved(model, ctx.dir / "model", kind)
+    if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) and "adapter" not in {
+        path.name for path in ctx.dir.iterdir()
+    }:
+        check_tensors(state, ctx.dir / "model", kind)  # a forward of sharded weights would need every rank
+    else:
+        check_saved(model, ctx.dir / "model", kind)
 
 
 def merged(base: str | Path | PreTrainedModel, adapter: Path, kind: Literal["causal", "score"]) -> PreTrainedModel:

@@ -16,11 +16,11 @@ from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.evaluation.compare import PolicySamples, compare
 from rlhf.evaluation.judges import SentimentJudge, vader_judge
 from rlhf.evaluation.report import write_report
-from rlhf.functions import TextFunction, call_text_function, function_name, load_function
+from rlhf.functions import TextFunction, call_text_function, function_name, load_function, source_hashes
 from rlhf.logs import append_row
 from rlhf.models import compute_dtype, load_model, load_tokenizer
 from rlhf.recipe import JudgeSource, Recipe
-from rlhf.sampling import Samples, response_logprob_sums, sample_responses, score_sequences
+from rlhf.sampling import Samples, fitting_rows, response_logprob_sums, sample_responses, score_sequences
 from rlhf.stage import Stage, StageContext
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def build(ctx: StageContext) -> dict[str, Any]:
     tokenizer = load_tokenizer(ctx.inputs["sft"].model_dir)
     renderer = Renderer(tokenizer, ctx.recipe.model.chat)
     data = load_data_recipe(section.data or ctx.recipe.ppo.data)
-    rows = load_rows(data, section.split, "prompts", limit=section.prompts)
+    rows = fitting_rows(load_rows(data, section.split, "prompts"), renderer, ctx.recipe.ppo.max_prompt_length)
+    rows = rows[: section.prompts]
     samples = sample_policies(ctx, renderer, [row["prompt"] for row in rows])
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
     judges = {judge.name: load_judge(judge) for judge in section.judges}
@@ -166,8 +167,9 @@ def _data(recipe: Recipe) -> list[str]:
 
 
 def _also(recipe: Recipe) -> dict[str, Any]:
-    keys = {"response_length", "temperature", "top_p", "stop_strings", "rewards"}
-    return recipe.ppo.model_dump(mode="json", include=keys)
+    keys = {"max_prompt_length", "response_length", "temperature", "top_p", "stop_strings", "rewards"}
+    functions = [source.function for source in (*recipe.ppo.rewards, *recipe.evaluate.judges)]
+    return recipe.ppo.model_dump(mode="json", include=keys) | {"functions": source_hashes(functions)}
 
 
 STAGE = Stage("evaluate", 1, inputs=_inputs, data=_data, check=check, build=build, also=_also)

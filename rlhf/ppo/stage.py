@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.cards import write_card
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.errors import UserError
-from rlhf.functions import load_function
+from rlhf.functions import load_function, source_hashes
 from rlhf.logs import MetricsWriter, check_trackers
 from rlhf.metrics import PPO
 from rlhf.models import check_position_limit, compute_dtype, load_tokenizer, tokenizer_identity
@@ -57,6 +57,8 @@ def check(ctx: StageContext) -> None:
     """See `Stage.check`."""
     recipe, config, sft = ctx.recipe, ctx.recipe.ppo, ctx.inputs["sft"]
     compute_dtype(recipe)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise UserError("ppo: the launcher asks for DeepSpeed, which PPO does not support: use ddp.yaml or fsdp2.yaml")
     check_trackers(recipe.logging.report_to)
     check_position_limit(
         sft.model_dir, config.max_prompt_length + config.response_length, "ppo.max_prompt_length + response_length"
@@ -99,7 +101,7 @@ def warn_other_sampling(ctx: StageContext) -> None:
             if statistics.get(key, getattr(config, key)) != getattr(config, key):
                 logger.warning(
                     "reward statistics of %s were measured with %s %s, this run samples with %s: scores may not "
-                    "average 0 on SFT samples; redo the reward stage with the new setting to be exact",
+                    "average 0 on SFT samples; redo the reward stage with FORCE=1 and the new setting to be exact",
                     source.artifact,
                     key,
                     statistics[key],
@@ -184,4 +186,17 @@ def _inputs(recipe: Recipe) -> list[str]:
     return ["sft", *dict.fromkeys(artifacts)]
 
 
-STAGE = Stage("ppo", 1, inputs=_inputs, data=lambda recipe: [recipe.ppo.data], check=check, build=build)
+def _also(recipe: Recipe) -> dict[str, Any]:
+    return {"functions": source_hashes([source.function for source in recipe.ppo.rewards])}
+
+
+STAGE = Stage(
+    "ppo",
+    1,
+    inputs=_inputs,
+    data=lambda recipe: [recipe.ppo.data],
+    check=check,
+    build=build,
+    also=_also,
+    headline=("objective/scores", "objective/kl", "published_ppo_step"),
+)

@@ -25,7 +25,7 @@ from rlhf.models import (
     tokenizer_identity,
 )
 from rlhf.reward.baselines import length_baseline, tfidf_baseline
-from rlhf.sampling import score_sequences
+from rlhf.sampling import fitting_rows, score_sequences
 from rlhf.sft import sample_published
 from rlhf.stage import Stage, StageContext
 from rlhf.trainers import check_trainer_args, run_trainer, save_trained, trainer_args
@@ -127,8 +127,9 @@ class Measured:
         """Mean and std of the raw score on responses that the SFT model samples; PPO shifts and scales by them."""
         recipe, section = self.ctx.recipe, self.ctx.recipe.reward
         name, split = (recipe.ppo.data, recipe.ppo.split) if recipe.ppo else (section.data, section.split)
-        rows = load_rows(load_data_recipe(name), split, "prompts", limit=section.normalize_samples)
-        prompts = [row["prompt"] for row in rows]
+        rows = load_rows(load_data_recipe(name), split, "prompts")
+        rows = fitting_rows(rows, self.renderer, recipe.ppo.max_prompt_length if recipe.ppo else None)
+        prompts = [row["prompt"] for row in rows[: section.normalize_samples]]
         samples = sample_published(self.ctx, self.renderer, prompts, self.ctx.inputs["sft"].model_dir, self.ctx.seed)
         ids = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
         scores = self._scores(ids)
@@ -154,4 +155,5 @@ STAGE = Stage(
     data=lambda recipe: [recipe.reward.data] + ([recipe.ppo.data] if recipe.ppo else []),
     check=check,
     build=build,
+    headline=("accuracy", "accuracy_tfidf", "accuracy_length_only"),
 )
