@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def launch(roots: list[Path]) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
+    # Two processes write to one pipe: their lines may share a line.
+    ranks = [json.loads(found) for found in re.findall(r'\{"rank".*?\}', done.stdout)]
     assert sorted(line["rank"] for line in ranks) == [0, 1]
     assert {line["processes"] for line in ranks} == {2}
 
