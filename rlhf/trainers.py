@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "max_grad_norm": 1.0,
     "dataloader_pin_memory": False,
+    "ddp_find_unused_parameters": False,  # every trained weight takes part in every forward
 }
 
 
