@@ -3,6 +3,10 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 
+# What the last set-up was told (CONSTRAINTS, EXTRAS, PIP_ARGS), so that later commands need not repeat it.
+VENV := .venv
+-include $(VENV)/setup.mk
+
 RECIPE ?= tiny
 ARTIFACTS ?= artifacts
 RUN ?=
@@ -11,15 +15,18 @@ FORCE ?=
 DRY_RUN ?=
 LAUNCH ?=
 PYTHON ?= python3
-CONSTRAINTS ?= constraints.txt
-EXTRAS ?= tiny,dev
-PIP_ARGS ?=
+CONSTRAINTS ?= $(or $(SETUP_CONSTRAINTS),constraints.txt)
+DEFAULT_EXTRAS := tiny,dev
+EXTRAS ?= $(or $(SETUP_EXTRAS),$(DEFAULT_EXTRAS))
+PIP_ARGS ?= $(SETUP_PIP_ARGS)
 
-VENV := .venv
 STAMP := $(VENV)/.ready
 PY := $(VENV)/bin/python
 # `accelerate launch ...` comes from the environment's bin folder and takes -m as python does.
-LAUNCHER = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(if $(LAUNCH),$(LAUNCH),python)
+# With --cpu and --num_processes it starts one process and says nothing unless MPI is there: gloo needs the config file.
+CPU_CONFIG := --config_file "$(CURDIR)/pipelines/accelerate/cpu.yaml"
+ON_CPU = $(and $(filter --cpu,$(LAUNCH)),$(findstring --num_processes,$(LAUNCH)),$(if $(findstring --mpirun,$(LAUNCH)),,gloo))
+LAUNCHER = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(or $(if $(ON_CPU),$(patsubst --cpu,$(CPU_CONFIG),$(LAUNCH)),$(LAUNCH)),python)
 COMMON = --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(RUN),--run "$(RUN)") $(if $(DRY_RUN),--dry-run)
 STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
@@ -33,12 +40,18 @@ help: ## list the targets
 	@echo
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  %-12s %s\n", $$1, $$2}'
 
+# Another CONSTRAINTS, EXTRAS or PIP_ARGS than the last time: install again.
+ifneq ($(CONSTRAINTS)|$(EXTRAS)|$(PIP_ARGS),$(SETUP_CONSTRAINTS)|$(SETUP_EXTRAS)|$(SETUP_PIP_ARGS))
+.PHONY: $(STAMP)
+endif
+
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), 3.11 or later is needed: set PYTHON=python3.11" >&2; exit 2; }
 	@echo "preparing $(VENV) (once; a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
+	@printf 'SETUP_CONSTRAINTS := %s\nSETUP_EXTRAS := %s\nSETUP_PIP_ARGS := %s\n' '$(CONSTRAINTS)' '$(EXTRAS)' '$(PIP_ARGS)' > $(VENV)/setup.mk
 	@touch $@
 
 setup: $(STAMP) ## prepare .venv: pinned by CONSTRAINTS, which GPU users may replace
