@@ -1,0 +1,48 @@
+"""What make would run: the launcher of two CPU processes, and what set-up remembers."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def dry(*arguments: str) -> str:
+    """The commands that `make -n` prints, without those of the set-up."""
+    run = subprocess.run(
+        ["make", "-n", "-o", ".venv/.ready", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return run.stdout
+
+
+@pytest.mark.parametrize(
+    ("launch", "expected"),
+    [
+        ("accelerate launch --cpu --num_processes 2", 'cpu.yaml" --num_processes 2 -m pipelines.reward'),
+        ("accelerate launch --num_processes 2", "accelerate launch --num_processes 2 -m pipelines.reward"),
+        ("accelerate launch --cpu", "accelerate launch --cpu -m pipelines.reward"),
+        (
+            "accelerate launch --cpu --num_processes 2 --mpirun_hostfile f",
+            "accelerate launch --cpu --num_processes 2 --mpirun_hostfile f -m pipelines.reward",
+        ),
+        ("", "python -m pipelines.reward"),
+    ],
+)
+def test_launcher(launch: str, expected: str) -> None:
+    assert expected in dry("reward", f"LAUNCH={launch}")
+
+
+def test_set_up_is_remembered_and_redone_when_told_otherwise(tmp_path: Path) -> None:
+    saved = tmp_path / "setup.mk"
+    saved.write_text("SETUP_CONSTRAINTS := gpu.txt\nSETUP_EXTRAS := tiny\nSETUP_PIP_ARGS := --pre\n")
+    (tmp_path / ".ready").touch()
+    (tmp_path / "gpu.txt").touch()
+    common = ["make", "-n", "-f", str(ROOT / "Makefile"), f"VENV={tmp_path}", "-o", "gpu.txt", "-o", "pyproject.toml"]
+
+    def planned(*extra: str) -> str:
+        run = subprocess.run([*common, "setup", *extra], cwd=ROOT, capture_output=True, text=True, check=True)
+        return run.stdout
+
+    assert "pip install" not in planned()
+    assert "--pre -c gpu.txt" in planned("EXTRAS=dev") and '".[dev]"' in planned("EXTRAS=dev")
