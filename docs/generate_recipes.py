@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from rlhf.data.recipe import DataRecipe
 from rlhf.recipe import Recipe
+from rlhf.yamlio import models_in
 
 PAGE = Path(__file__).with_name("recipes.md")
 INTRO = """# Recipe reference
@@ -50,16 +51,16 @@ def _sections(model: type[BaseModel], path: str, title: str) -> list[str]:
     below: list[str] = []
     for name, field in model.model_fields.items():
         rows.append(_row(name, field))
-        for nested in _models_in(field.annotation):
+        for nested in models_in(field.annotation):
             key = f"{path}.{name}" if path else name
             key += "[]" if "list[" in _type(field.annotation) else ""
-            several = len(_models_in(field.annotation)) > 1
+            several = len(models_in(field.annotation)) > 1
             below += _sections(nested, key, f"`{key}`" + (f", as {nested.__name__}" if several else ""))
     return ["\n".join([f"## {title}", "", _first_paragraph(model), "", *rows]), *below]
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    nested = _models_in(field.annotation)
+    nested = models_in(field.annotation)
     meaning = field.description or (_first_paragraph(nested[0]) if nested else "")
     return f"| `{name}` | {_cell(_range(field))} | {_default(field)} | {_cell(meaning)} |"
 
@@ -119,16 +120,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return repr(value).replace("e-0", "e-")
     return '""' if value == "" else str(value)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The model classes that an annotation can hold."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    args = typing.get_args(annotation)
-    if typing.get_origin(annotation) is Annotated:
-        args = args[:1]
-    return [model for arg in args for model in _models_in(arg)]
 
 
 def _first_paragraph(model: type[BaseModel]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,11 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(
                 f"logging.report_to: {name} is not installed: pip install {name}, or override logging.report_to=[]"
             )
+    if "wandb" in names and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        if not wandb.login(prompt=False):
+            raise UserError("logging.report_to: wandb has no API key: run `wandb login`, or set WANDB_MODE=offline")
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

@@ -91,6 +91,7 @@ def trainer_args(config_cls: type, values: dict[str, Any], ctx: StageContext, **
             use_cpu=recipe.hardware.device == "cpu" or not torch.cuda.is_available(),
             bf16=bf16,
             report_to=list(recipe.logging.report_to),
+            project=recipe.logging.project,
             run_name=f"{ctx.run}/{ctx.stage.name}",
             **merged,
         )

@@ -168,14 +168,14 @@ def _user_path(data: Any, loc: tuple) -> str:
     return ".".join(parts)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     """Every model class that an annotation can hold, whether optional, in a union, a list or a dict."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
     args = typing.get_args(annotation)
     if typing.get_origin(annotation) is Annotated:
         args = args[:1]
-    return [model for arg in args for model in _models_in(arg)]
+    return [model for arg in args for model in models_in(arg)]
 
 
 def _known_names(model_cls: type[BaseModel], loc: tuple) -> set[str]:
@@ -184,7 +184,7 @@ def _known_names(model_cls: type[BaseModel], loc: tuple) -> set[str]:
     for part in loc:
         fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         if fields:
-            models = [model for annotation in fields for model in _models_in(annotation)]
+            models = [model for annotation in fields for model in models_in(annotation)]
         else:
             models = [m for m in models if m.__name__ == part] or models
     return {info.alias or name for model in models for name, info in model.model_fields.items()}

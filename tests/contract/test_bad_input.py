@@ -218,6 +218,12 @@ CASES = [
     Case(
         "no whole step", ("total_episodes 3", "rollout_batch_size 4", "raise total_episodes"), ("ppo.total_episodes=3",)
     ),
+    Case("nothing to adapt", ("kl_target", "it is 0", "set kl_coef"), ("ppo.kl_target=6", "ppo.kl_coef=0")),
+    Case(
+        "horizon under one step",
+        ("kl_horizon 1 is too short", "rollout_batch_size"),
+        ("ppo.kl_target=6", "ppo.kl_horizon=1", "ppo.rollout_batch_size=8", "ppo.total_episodes=8"),
+    ),
     Case(
         "heads do not divide",
         ("n_embd 30", "n_head 4", "pick n_head"),

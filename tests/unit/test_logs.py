@@ -2,6 +2,8 @@
 
 import json
 import logging
+import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -131,6 +133,17 @@ def test_metrics_writer_refuses_an_undocumented_key(tmp_path):
         writer.write({"ppo_step": 1, "objective/klx": 1.0} | ROW)
     writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "refused"), [("online", False, True), ("online", True, False), ("offline", False, False)]
+)
+def test_wandb_without_a_key(monkeypatch, mode, key, refused):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=lambda prompt: key))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with pytest.raises(UserError, match="wandb login") if refused else nullcontext():
+        check_trackers(["wandb"])
 
 
 def test_check_trackers(monkeypatch):
