@@ -506,9 +506,20 @@ def check_tensors(state: dict[str, Tensor], directory: Path, kind: Literal["caus
     Raises:
         RuntimeError: a tensor differs or is missing.
     """
-    for name, tensor in load_model(directory, kind).named_parameters():
-        if name not in state or not torch.equal(tensor, state[name].to("cpu", tensor.dtype)):
-            raise RuntimeError(f"{directory}: saved tensor {name} is not the trained one")
+    saved = load_model(directory, kind)
+    tensors = saved.state_dict()
+    unseen = {tensor.data_ptr(): name for name, tensor in saved.named_parameters()}
+    for name, trained in state.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise RuntimeError(f"{directory}: trained tensor {name} was not saved")
+        trained = trained.to("cpu", tensor.dtype)
+        if not torch.equal(tensor, trained):
+            difference = (tensor - trained).abs().max() if tensor.shape == trained.shape else "its shape"
+            raise RuntimeError(f"{directory}: saved tensor {name} is not the trained one, off by {difference}")
+        unseen.pop(tensor.data_ptr(), None)  # tied weights may stand in `state` under one name only
+    if unseen:
+        raise RuntimeError(f"{directory}: no trained tensor for {sorted(unseen.values())}")
 
 
 def check_saved(model: PreTrainedModel, directory: Path, kind: Literal["causal", "score"]) -> None:

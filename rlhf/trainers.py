@@ -177,7 +177,7 @@ def save_trained(
         model = merged(base, ctx.dir / "adapter", kind)
         save_model(model, tokenizer, ctx.dir / "model")
     else:
-        model.save_pretrained(ctx.dir / "model", state_dict=state)
+        model.save_pretrained(ctx.dir / "model", state_dict=dict(state))  # transformers empties the dict it is given
         tokenizer.save_pretrained(ctx.dir / "model")
     if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) and "adapter" not in {
         path.name for path in ctx.dir.iterdir()

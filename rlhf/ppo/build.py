@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def _build_lora(ctx: StageContext) -> ActorCritic:
     from peft import get_peft_model
 
     config, peft = ctx.recipe.ppo, ctx.recipe.peft
-    base = load_model(ctx.inputs["sft"].model_dir, dtype=compute_dtype(ctx.recipe), **_attention(ctx))
+    # FSDP2 wants one dtype in all it shards, adapters included; it computes in bf16 all the same.
+    dtype = torch.float32 if os.environ.get("ACCELERATE_USE_FSDP") == "true" else compute_dtype(ctx.recipe)
+    base = load_model(ctx.inputs["sft"].model_dir, dtype=dtype, **_attention(ctx))
     torch.manual_seed(ctx.seed)  # adapters are drawn at random, the same on every rank
     policy = get_peft_model(base, lora_config(peft, "CAUSAL_LM", dropout=False), adapter_name="policy")
     head = value_head(base, ctx.seed)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.cards import write_card
@@ -138,6 +138,10 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         eps=config.adam_eps,
         weight_decay=0.0,
     )
+    if accelerator.is_fsdp2:
+        # Accelerate's own policy rounds what leaves the module to bf16 (log-probabilities!), and reduces gradients so.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     model, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2:
         register_fsdp_forward_method(model, "generate")  # gathers weights around it, as around forward

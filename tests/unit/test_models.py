@@ -9,6 +9,7 @@ from rlhf.models import (
     ActorCritic,
     Scorer,
     check_saved,
+    check_tensors,
     disable_dropout,
     init_score_head,
     last_position,
@@ -244,6 +245,22 @@ def test_a_saved_model_comes_back_and_a_tied_head_stays_tied(tmp_path):
     assert again.lm_head.weight is again.transformer.wte.weight
     assert (again.config.eos_token_id, again.config.pad_token_id) == (2, 0)
     assert (again.generation_config.eos_token_id, again.generation_config.pad_token_id) == (2, 0)
+
+
+def test_check_tensors_compares_every_tensor_and_knows_tied_names(tmp_path):
+    model = lively(build_model(build_tokenizer()))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=dict(state))
+    check_tensors(state, tmp_path, "causal")
+    tied = {name: tensor for name, tensor in state.items() if name != "transformer.wte.weight"}
+    check_tensors(tied, tmp_path, "causal")  # it stands under lm_head.weight
+    with pytest.raises(RuntimeError, match="no trained tensor for"):
+        check_tensors({}, tmp_path, "causal")
+    with pytest.raises(RuntimeError, match="extra was not saved"):
+        check_tensors(state | {"extra": torch.zeros(1)}, tmp_path, "causal")
+    state["transformer.ln_f.bias"] += 1e-3
+    with pytest.raises(RuntimeError, match="transformer.ln_f.bias is not the trained one"):
+        check_tensors(state, tmp_path, "causal")
 
 
 def test_check_saved_notices_a_lost_score_head(tmp_path):
