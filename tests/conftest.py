@@ -12,5 +12,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a launcher around pytest is not part of the tests
     os.environ.pop(name, None)
 
-settings.register_profile("rlhf", deadline=None)
-settings.load_profile("rlhf")
+# The same examples every time: a change is judged by what it changed. HYPOTHESIS_PROFILE=search looks for new ones.
+settings.register_profile("rlhf", deadline=None, derandomize=True, database=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rlhf"))

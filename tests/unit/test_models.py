@@ -259,7 +259,7 @@ def test_check_tensors_compares_every_tensor_and_knows_tied_names(tmp_path):
     with pytest.raises(RuntimeError, match="extra was not saved"):
         check_tensors(state | {"extra": torch.zeros(1)}, tmp_path, "causal")
     state["transformer.ln_f.bias"] += 1e-3
-    with pytest.raises(RuntimeError, match="transformer.ln_f.bias is not the trained one"):
+    with pytest.raises(RuntimeError, match=r"transformer\.ln_f\.bias is not the trained one"):
         check_tensors(state, tmp_path, "causal")
 
 
