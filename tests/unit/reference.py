@@ -158,7 +158,7 @@ def pairwise_loss(chosen: Row, rejected: Row, margins: Row) -> float:
 
 # ------------------------------------------------------------------------------------------------- random inputs
 def floats(limit: float) -> st.SearchStrategy[float]:
-    """Numbers that float32 holds exactly, so that a float32 run and the float64 reference see the same input; no subnormals, whose products vanish."""
+    """Numbers that float32 holds exactly, so that it and the float64 reference see the same; subnormals vanish."""
     return st.floats(-limit, limit, width=32, allow_subnormal=False)
 
 
