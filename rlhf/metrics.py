@@ -48,6 +48,8 @@ PPO = {
     "perf/generate_seconds": "Sampling.",
     "perf/score_seconds": "Scores, log-probabilities, values, advantages.",
     "perf/train_seconds": "Updates.",
+    "perf/mfu": "Operations of the updates (6 per weight and real token) / time / measured matmul peak.",
+    "perf/padding_share": "Share of a forward over the rollout that is padding.",
     "perf/peak_memory_gib": "Peak memory of rank 0 so far, GiB: GPU if one is used, else resident memory.",
 }
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 transformers.utils.logging.disable_progress_bar()  # one bar per stage, not one per loaded or written file
 
+LOGITS_BYTES = 2**30  # of float32 logits held at once where they can be computed in chunks
 DROPOUT_KEYS = ("dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout")
 
 
@@ -308,35 +310,101 @@ def captured_hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def response_logprobs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float, entropy: bool
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    length: int,
+    temperature: float,
+    entropy: bool,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-probabilities of the last `length` tokens under softmax(logits / temperature), in float32.
 
-    Only the logits of those positions exist, and only for this micro-batch.
+    Only the logits of those positions exist, and only for this micro-batch; with `chunked` (see `has_plain_head`) only
+    those of a chunk, computed again in the backward pass.
 
     Returns:
         logprobs [B,R]; entropy [B,R] in nats or None; last hidden states [B,R,D] before each response token.
     """
+    tokens = input_ids[:, -length:]
+    if chunked:
+        hidden = hidden_states(trunk_of(model), input_ids, attention_mask)[:, -(length + 1) : -1]
+        return *_chunked_logprobs(model.get_output_embeddings(), hidden, tokens, temperature, entropy), hidden
     with captured_hidden_states(model) as states:
         out = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids(attention_mask),
             use_cache=False,
-            **_keep_last(model, length + 1),
+            **keep_last(model, length + 1),
         )
-    logits = out.logits[:, -(length + 1) : -1].float() / temperature
-    tokens = input_ids[:, -length:]
+    logits = out.logits[:, -(length + 1) : -1]
+    return *token_logprobs(logits, tokens, temperature, entropy), states[0][:, -(length + 1) : -1]
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probability [...] in float32 of each token under its logits [...,V] / temperature; entropy [...] or None."""
+    logits = logits.float() / temperature
     log_z = logits.logsumexp(dim=-1)
     logprobs = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_z
-    entropies = None
-    if entropy:
-        probs = (logits - log_z.unsqueeze(-1)).exp()
-        entropies = log_z - (probs * logits).sum(dim=-1)  # H = log Z - E[logit]
-    return logprobs, entropies, states[0][:, -(length + 1) : -1]
+    if not entropy:
+        return logprobs, None
+    probs = (logits - log_z.unsqueeze(-1)).exp()
+    return logprobs, log_z - (probs * logits).sum(dim=-1)  # H = log Z - E[logit]
 
 
-def _keep_last(model: nn.Module, count: int) -> dict[str, int]:
+def _chunked_logprobs(
+    head: Any, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`token_logprobs` of `head(hidden)`, never holding more than `LOGITS_BYTES` of float32 logits."""
+
+    def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _head_logprobs(head, states, wanted, temperature, entropy)
+
+    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+    size = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
+    if flat.shape[0] <= size:
+        parts = [chunk(flat, wanted)]
+    else:
+        pieces = zip(flat.split(size), wanted.split(size), strict=True)
+        parts = [checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces]
+    logprobs = torch.cat([part[0] for part in parts]).view(tokens.shape)
+    entropies = torch.cat([part[1] for part in parts]).view(tokens.shape) if entropy else None
+    return logprobs, entropies
+
+
+def _head_logprobs(
+    head: Any, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    return token_logprobs(head(hidden.to(head.weight.dtype)), tokens, temperature, entropy)
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the logits are the output embedding of the last hidden state and nothing more.
+
+    Some models scale or cap their logits after the head (Gemma 2, Cohere, Granite): theirs must come from their own
+    forward. Found by trying it, since configs name such things in many ways.
+    """
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(head, "weight"):
+        return False
+    ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
+    with captured_hidden_states(model) as states:
+        logits = model(input_ids=ids, use_cache=False).logits
+    return torch.allclose(head(states[0].to(head.weight.dtype)), logits, rtol=1e-3, atol=1e-4)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile each transformer block in place. All blocks of a model share one compilation, for any shape."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.compile(dynamic=True)
+
+
+def keep_last(model: nn.Module, count: int) -> dict[str, int]:
+    """Argument of a forward that computes the logits of the last `count` positions only, where the model takes it."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
 
@@ -378,6 +446,7 @@ class ActorCritic(nn.Module):
         self.has_adapters = bool(adapters)
         self.critic_adapter = "critic" if "critic" in adapters else None
         self.reward_heads = nn.ModuleDict()
+        self.plain_head = has_plain_head(policy)
         # Accelerate asks the module that it wraps which blocks FSDP shards on their own.
         self._no_split_modules = list(getattr(policy, "_no_split_modules", None) or ())
 
@@ -400,7 +469,9 @@ class ActorCritic(nn.Module):
         """
         if mode == "reference":
             with self.adapter(None):
-                return response_logprobs(self.policy, input_ids, attention_mask, length, temperature, False)[0]
+                return response_logprobs(
+                    self.policy, input_ids, attention_mask, length, temperature, False, self.plain_head
+                )[0]
         if mode.startswith("reward:"):
             name = mode.removeprefix("reward:")
             with self.adapter(name):
@@ -408,7 +479,7 @@ class ActorCritic(nn.Module):
             return self.reward_heads[name](hidden).squeeze(-1).float()
         with self.adapter("policy"):
             logprobs, entropy, hidden = response_logprobs(
-                self.policy, input_ids, attention_mask, length, temperature, mode == "rollout"
+                self.policy, input_ids, attention_mask, length, temperature, mode == "rollout", self.plain_head
             )
         return Outputs(logprobs, self._values(hidden, input_ids, attention_mask, length), entropy)
 

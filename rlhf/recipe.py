@@ -155,6 +155,14 @@ class PPOSection(Section):
     )
     stop_strings: list[str] = Field([], description="For base models: a response ends where one of these appears.")
 
+    generator: Literal["auto", "plain", "compiled"] = Field(
+        "auto", description="plain: transformers' generate. compiled: slots and a CUDA graph. auto: compiled on a GPU."
+    )
+    generation_slots: int = Field(256, ge=1, description="Responses under way at once on one device (compiled).")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of the transformer blocks. auto: on a GPU, from 200 ppo_steps on."
+    )
+
     learning_rate: float = Field(3e-6, gt=0, description="AdamW peak, linear to 0. N+.")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of optimizer steps with rising learning rate.")
     adam_eps: float = Field(1e-5, gt=0, description="N+: 1e-5, not PyTorch's 1e-8.")

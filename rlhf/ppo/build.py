@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from rlhf.models import (
     ActorCritic,
     Scorer,
     check_saved,
+    compile_blocks,
     compute_dtype,
     load_model,
     lora_config,
@@ -26,9 +28,13 @@ from rlhf.models import (
     response_logprobs,
     save_model,
 )
+from rlhf.ppo.generation import CompiledGenerator, Generator, PlainGenerator
+from rlhf.ppo.generation.compiled import unsupported
 from rlhf.ppo.rewards import FunctionScore, ModelScore, ScoreSource
 from rlhf.ppo.rollout import Batch
 from rlhf.stage import StageContext
+
+COMPILE_FROM_STEPS = 200
 
 
 # ------------------------------------------------------------------------------------------------------ what is trained
@@ -165,6 +171,39 @@ def _reward_adapter_config(artifact: Artifact) -> Any:
     return config
 
 
+# --------------------------------------------------------------------------------------------------------- what samples
+def build_generator(
+    ctx: StageContext, model: ActorCritic, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> Generator:
+    """The back end that `ppo.generator` names.
+
+    Raises:
+        UserError: `compiled` cannot sample from this model.
+    """
+    config, dtype = ctx.recipe.ppo, compute_dtype(ctx.recipe)
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    reason = unsupported(model.policy)
+    if config.stop_strings:
+        reason = "ppo.stop_strings are looked for in text"
+    if sharded:
+        reason = "no rank holds the whole weights"
+    if config.generator == "compiled" and reason:
+        raise UserError(f"ppo.generator compiled: {reason}: set ppo.generator: plain")
+    if config.generator == "plain" or reason or (config.generator == "auto" and accelerator.device.type != "cuda"):
+        return PlainGenerator(model, tokenizer, config.stop_strings, synced=sharded, autocast=dtype)
+    adapter = partial(model.adapter, "policy")
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return CompiledGenerator(model.policy, pad, eos, config.generation_slots, dtype, adapter)
+
+
+def wants_compile(ctx: StageContext, device: torch.device) -> bool:
+    """Whether the blocks are compiled: it costs about a minute, which a short run does not earn back."""
+    config = ctx.recipe.ppo
+    if config.compile == "auto":
+        return device.type == "cuda" and config.total_steps >= COMPILE_FROM_STEPS
+    return config.compile == "on"
+
+
 # --------------------------------------------------------------------------------------------------- what is only read
 class Reference:
     """Log-probabilities of responses under the SFT model: a frozen copy, or the same model with adapters off."""
@@ -172,11 +211,14 @@ class Reference:
     def __init__(self, ctx: StageContext, model: nn.Module, accelerator: Accelerator) -> None:
         self.temperature = ctx.recipe.ppo.temperature
         self.model = model
+        self.chunked = accelerator.unwrap_model(model).plain_head
         self.frozen: nn.Module | None = None
         if not ctx.recipe.uses_peft("ppo"):
             dtype = compute_dtype(ctx.recipe)
             frozen = load_model(ctx.inputs["sft"].model_dir, dtype=dtype, **_attention(ctx))
             self.frozen = frozen.to(accelerator.device).eval().requires_grad_(False)
+            if wants_compile(ctx, accelerator.device):
+                compile_blocks(self.frozen)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
@@ -184,7 +226,7 @@ class Reference:
         if self.frozen is None:
             return self.model(batch.input_ids, batch.attention_mask, batch.length, self.temperature, mode="reference")
         return response_logprobs(
-            self.frozen, batch.input_ids, batch.attention_mask, batch.length, self.temperature, entropy=False
+            self.frozen, batch.input_ids, batch.attention_mask, batch.length, self.temperature, False, self.chunked
         )[0]
 
 
@@ -219,6 +261,8 @@ def _shared_forward(model: nn.Module, name: str) -> Any:
 def _frozen_forward(ctx: StageContext, artifact: Artifact, accelerator: Accelerator) -> Any:
     reward = load_model(artifact.model_dir, "score", dtype=compute_dtype(ctx.recipe))
     scorer = Scorer(reward).to(accelerator.device).eval().requires_grad_(False)
+    if wants_compile(ctx, accelerator.device):
+        compile_blocks(reward)
     return lambda batch: scorer(batch.input_ids, batch.attention_mask)
 
 

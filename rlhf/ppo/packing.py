@@ -7,7 +7,9 @@ part, so no plan has to be exchanged. The losses do not depend on it (they divid
 from collections.abc import Sequence
 
 
-def plan_micro_batches(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
+def plan_micro_batches(
+    lengths: Sequence[int], max_tokens: int, num_ranks: int, prompt_lengths: Sequence[int] | None = None
+) -> list[list[list[int]]]:
     """Spread rows over ranks, balanced by tokens, and pack each rank's rows into micro-batches.
 
     Rows of like length go together, so that padding stays small. Every rank gets the same number of micro-batches,
@@ -17,9 +19,10 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, num_ranks: int) 
 
     Args:
         lengths: tokens of each row (prompt and response, without padding); >= 1.
-        max_tokens: largest padded area (rows * longest row) of a micro-batch. A row that is longer than that gets a
-            micro-batch of its own.
+        max_tokens: largest padded area of a micro-batch: its rows times the longest prompt plus the longest response.
+            A row that is longer than that gets a micro-batch of its own.
         num_ranks: number of processes; >= 1.
+        prompt_lengths: the prompt's part of each row; None = 0.
 
     Returns:
         plan[rank][micro_batch] = row indices, longest first. Every row appears exactly once. The token sums of any
@@ -37,7 +40,8 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, num_ranks: int) 
         if length < 1:
             raise ValueError(f"lengths[{row}] is {length}; a row holds at least one token")
 
-    plans = [_pack(rows, lengths, max_tokens) for rows in _spread(lengths, num_ranks)]
+    prompts = [0] * len(lengths) if prompt_lengths is None else [int(length) for length in prompt_lengths]
+    plans = [_pack(rows, lengths, prompts, max_tokens) for rows in _spread(lengths, num_ranks)]
     n_micro_batches = max(len(plan) for plan in plans)
     for plan in plans:
         _stretch(plan, lengths, n_micro_batches)
@@ -55,17 +59,21 @@ def _spread(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return ranks
 
 
-def _pack(rows: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Fill one micro-batch after the other. Rows come longest first, so the first row sets the padded width.
+def _pack(rows: list[int], lengths: Sequence[int], prompts: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Fill one micro-batch after the other; rows come longest first.
 
-    For rows in this order no packing needs fewer micro-batches.
+    A batch is as wide as its longest prompt and its longest response, which may be those of two rows.
     """
     micro_batches: list[list[int]] = []
+    prompt = response = 0
     for row in rows:
-        if micro_batches and (len(micro_batches[-1]) + 1) * lengths[micro_batches[-1][0]] <= max_tokens:
+        wider = max(prompt, prompts[row]), max(response, lengths[row] - prompts[row])
+        if micro_batches and (len(micro_batches[-1]) + 1) * sum(wider) <= max_tokens:
             micro_batches[-1].append(row)
+            prompt, response = wider
         else:
             micro_batches.append([row])
+            prompt, response = prompts[row], lengths[row] - prompts[row]
     return micro_batches
 
 

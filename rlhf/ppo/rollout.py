@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -52,17 +53,22 @@ class Rollout:
     raw_scores: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    @property
-    def lengths(self) -> Tensor:
-        """Real tokens of prompt and response [B]."""
-        return self.prompt_mask.sum(1) + self.response_mask.sum(1)
+    @cached_property
+    def prompt_lengths(self) -> list[int]:
+        """Real tokens of each prompt, on the host: batches are cut without waiting for the device."""
+        return self.prompt_mask.sum(1).tolist()
+
+    @cached_property
+    def response_lengths(self) -> list[int]:
+        """Real tokens of each response, on the host."""
+        return self.response_mask.sum(1).tolist()
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The given rows with padding trimmed to what they need."""
         index = torch.tensor(rows, device=self.prompt_ids.device)
         prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
-        width = int(prompt_mask.sum(1).max())
-        length = int(response_mask.sum(1).max())
+        width = max(self.prompt_lengths[row] for row in rows)
+        length = max(self.response_lengths[row] for row in rows)
         ids = [self.prompt_ids[index][:, -width:], self.response_ids[index][:, :length]]
         mask = [prompt_mask[:, -width:], response_mask[:, :length].long()]
         return Batch(index, torch.cat(ids, dim=1), torch.cat(mask, dim=1), length)
@@ -167,8 +173,9 @@ def micro_batches(
     Yields:
         A batch and whether it counts: where this rank has fewer than others, it repeats a row that must not count.
     """
-    lengths = rollout.lengths.tolist()
-    plan = plan_micro_batches([lengths[row] for row in rows], max_tokens, accelerator.num_processes)
+    prompts = [rollout.prompt_lengths[row] for row in rows]
+    lengths = [rollout.prompt_lengths[row] + rollout.response_lengths[row] for row in rows]
+    plan = plan_micro_batches(lengths, max_tokens, accelerator.num_processes, prompts)
     for micro in plan[accelerator.process_index]:
         yield rollout.batch([rows[i] for i in micro] or [rows[0]]), bool(micro)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase
 
@@ -18,10 +18,18 @@ from rlhf.errors import UserError
 from rlhf.functions import load_function, source_hashes
 from rlhf.logs import MetricsWriter, check_trackers
 from rlhf.metrics import PPO
-from rlhf.models import check_position_limit, compute_dtype, load_tokenizer, tokenizer_identity
-from rlhf.ppo.build import Reference, build_actor_critic, build_rewards, critic_source, is_adapter_of, publish_models
+from rlhf.models import check_position_limit, compile_blocks, compute_dtype, load_tokenizer, tokenizer_identity
+from rlhf.ppo.build import (
+    Reference,
+    build_actor_critic,
+    build_generator,
+    build_rewards,
+    critic_source,
+    is_adapter_of,
+    publish_models,
+    wants_compile,
+)
 from rlhf.ppo.checkpoint import Checkpointer
-from rlhf.ppo.generation import PlainGenerator
 from rlhf.ppo.trainer import PPOTrainer, Prompts
 from rlhf.recipe import Recipe
 from rlhf.stage import Stage, StageContext
@@ -137,6 +145,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         lr=config.learning_rate,
         eps=config.adam_eps,
         weight_decay=0.0,
+        fused=accelerator.device.type == "cuda" or None,
     )
     if accelerator.is_fsdp2:
         # Accelerate's own policy rounds what leaves the module to bf16 (log-probabilities!), and reduces gradients so.
@@ -145,7 +154,10 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     model, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2:
         register_fsdp_forward_method(model, "generate")  # gathers weights around it, as around forward
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    actor_critic = accelerator.unwrap_model(model)
+    generator = build_generator(ctx, actor_critic, tokenizer, accelerator)  # it may copy the policy: before compiling
+    if wants_compile(ctx, accelerator.device):
+        compile_blocks(actor_critic)
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
     eval_prompts = None
     if config.eval_every:
@@ -158,9 +170,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         optimizer=optimizer,
         reference=Reference(ctx, model, accelerator),
         rewards=build_rewards(ctx, model, accelerator),
-        generator=PlainGenerator(
-            accelerator.unwrap_model(model), tokenizer, config.stop_strings, synced=sharded, autocast=dtype
-        ),
+        generator=generator,
         prompts=load_prompts(config.data, config.split, renderer, config.max_prompt_length),
         eval_prompts=eval_prompts,
         decode=renderer.decode_response,

@@ -27,6 +27,7 @@ from rlhf.ppo.generation import Generator
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
 from rlhf.ppo.masking import masked_mean, masked_moments, masked_whiten
+from rlhf.ppo.perf import FlopCounter, matmul_peak, padding_share
 from rlhf.ppo.rewards import RunningMoments, ScoreSource, aggregate, shape_scores
 from rlhf.ppo.rollout import (
     Batch,
@@ -117,6 +118,10 @@ class PPOTrainer:
         self.best: tuple[float, int] | None = None  # value of best_metric, ppo_step
         self.last_metrics: dict[str, float] = {}
         self.stopped = ""
+        self.flops = FlopCounter(accelerator.unwrap_model(model))
+        self.peak = matmul_peak(
+            accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        )
 
     # ------------------------------------------------------------------------------------------------------ the run
     def train(self) -> None:
@@ -175,7 +180,7 @@ class PPOTrainer:
         statistics = self.update(rollout, targets)
         metrics = self.metrics(rollout, targets, statistics)
         self.kl_controller.update(metrics["objective/kl"], config.rollout_batch_size)
-        return metrics | self._timing(rollout, started, generated, scored), rollout
+        return metrics | self._timing(rollout, len(statistics), started, generated, scored), rollout
 
     def update(self, rollout: Rollout, targets: Targets) -> list[dict[str, float]]:
         """`num_ppo_epochs` passes over the rollout in shuffled mini-batches; returns each mini-batch's statistics."""
@@ -192,7 +197,9 @@ class PPOTrainer:
     def _optimizer_step(self, rollout: Rollout, targets: Targets, rows: list[int]) -> dict[str, float]:
         """One mini-batch: losses over all its tokens, on all ranks, in micro-batches; then one step of AdamW."""
         config, ranks = self.config, self.accelerator.num_processes
-        tokens = int(rollout.response_mask[rows].sum())  # of the whole mini-batch, all ranks: the denominator
+        tokens = sum(
+            rollout.response_lengths[row] for row in rows
+        )  # of the whole mini-batch, all ranks: the denominator
         totals = torch.zeros(6, device=rollout.response_mask.device)
         batches = list(micro_batches(rollout, rows, config.max_tokens_per_micro_batch, self.accelerator))
         for number, (batch, counts) in enumerate(batches):
@@ -233,6 +240,7 @@ class PPOTrainer:
     def rollout(self, prompts: Prompts, stream: int, step: int) -> Rollout:
         """Sample responses; the same for the same stream and step, however many ranks there are."""
         noise = uniforms(len(prompts.ids), self.config.response_length, self.seed, stream, step)
+        self.generator.sync()
         return sample(
             self.generator,
             prompts.ids,
@@ -323,9 +331,15 @@ class PPOTrainer:
             row[name] = sum(part[name] for part in statistics) / len(statistics)
         return row
 
-    def _timing(self, rollout: Rollout, started: float, generated: float, scored: float) -> dict[str, float]:
-        now = time.perf_counter()
+    def _timing(
+        self, rollout: Rollout, updates: int, started: float, generated: float, scored: float
+    ) -> dict[str, float]:
+        now, ranks = time.perf_counter(), self.accelerator.num_processes
+        share = updates * self.config.mini_batch_size / self.config.rollout_batch_size  # target_kl may end it early
+        flops = share * self.flops.training(rollout.prompt_lengths, rollout.response_lengths)
         return {
+            "perf/mfu": flops / (now - scored) / (self.peak * ranks),
+            "perf/padding_share": padding_share(rollout, self.config.max_tokens_per_micro_batch, ranks),
             "perf/episodes_per_second": rollout.response_mask.shape[0] / (now - started),
             "perf/generate_seconds": generated - started,
             "perf/score_seconds": scored - generated,

@@ -91,8 +91,3 @@ def test_evaluation_writes_only_documented_keys():
 def test_every_key_is_described_in_words():
     for key, text in (metrics.PPO | metrics.TRAINER | metrics.EVALUATE).items():
         assert len(text) >= 8 and text.endswith("."), key
-
-
-@pytest.mark.xfail(strict=True, reason="DESIGN.md section 4 names perf/mfu; nothing measures it yet")
-def test_mfu_is_reported():
-    assert "perf/mfu" in metrics.PPO

@@ -1,4 +1,4 @@
-"""One small interface to sample responses; back ends: `plain` (transformers' generate)."""
+"""One small interface to sample responses; back ends: `plain` (transformers' generate), `compiled` (CUDA graphs)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rlhf.ppo.generation.compiled import CompiledGenerator
 from rlhf.ppo.generation.plain import PlainGenerator
 from rlhf.ppo.generation.types import Generated
 
-__all__ = ["Generated", "Generator", "PlainGenerator"]
+__all__ = ["CompiledGenerator", "Generated", "Generator", "PlainGenerator"]
 
 
 class Generator(Protocol):
     """What the trainer asks of a back end."""
+
+    def sync(self) -> None:
+        """Take over the policy's current weights; called before each rollout."""
+        ...
 
     def generate(self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p: float = 1.0) -> Generated:
         """Sample one response per prompt.

@@ -116,6 +116,9 @@ class PlainGenerator:
         self.synced = synced
         self.autocast = autocast
 
+    def sync(self) -> None:
+        """Nothing to do: it samples from the policy itself."""
+
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p: float = 1.0) -> Generated:
         """See `rlhf.ppo.generation.Generator`."""

@@ -1,0 +1,313 @@
+"""Sampling with a static cache and, on a GPU, one CUDA graph per step: no Python and no host sync between tokens.
+
+Responses live in slots. A slot whose response ended is given the next prompt, so that a batch never waits for its
+longest response. Each slot has a position of its own in the cache; the graph sees the same addresses at every step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from rlhf.models import keep_last, position_ids
+from rlhf.ppo.generation.plain import inverse_cdf, left_pad, sampling_logprobs
+from rlhf.ppo.generation.types import Generated
+
+STEPS_PER_CHECK = 8  # tokens between two looks at which responses ended: each look waits for the device
+REFILL_SHARE = (
+    0.25  # of the slots must be free before prompts are read in: a small prefill costs as much as a large one
+)
+LENGTH_BUCKET = 64  # cache lengths are multiples of it, so that few graphs are captured
+MAX_KEPT = 4  # sizes of slots whose cache and graph are kept
+PREFILL_TOKENS = 65_536  # of one prefill: bounds its activations
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values [S,H,L,D] of one layer; a forward of one token writes slot s at `positions[s]`."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, positions: Tensor, length: int) -> None:
+        super().__init__()
+        self.positions, self.length = positions, length
+        self.rows = torch.arange(positions.shape[0], device=positions.device)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the shapes that the model produces."""
+        slots = self.positions.shape[0]
+        self.keys, self.values = (
+            torch.zeros(slots, x.shape[1], self.length, x.shape[3], dtype=x.dtype, device=x.device)
+            for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write one token of every slot [S,H,1,D]; returns all keys and values."""
+        assert self.keys is not None and self.values is not None
+        self.keys[self.rows, :, self.positions] = key_states[:, :, 0]
+        self.values[self.rows, :, self.positions] = value_states[:, :, 0]
+        return self.keys, self.values
+
+    def fill(self, slots: Tensor, key_states: Tensor, value_states: Tensor) -> None:
+        """Write whole prompts [n,H,P,D] into `slots` [n], from position 0."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        width = key_states.shape[2]
+        self.keys[slots, :, :width] = key_states
+        self.values[slots, :, :width] = value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys seen by a query, and their offset."""
+        return self.length, 0
+
+    def get_seq_length(self) -> int:
+        """Unused: positions are given to each forward."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Positions per slot."""
+        return self.length
+
+    get_max_cache_shape = get_max_length  # its name in transformers before 5.20
+
+
+class Slots:
+    """State of S responses under way, on the device, at fixed addresses.
+
+    Attributes:
+        token, start, position, count, active: [S] last token; first real cache position; where the next token is
+            written; tokens sampled so far; whether the response still grows.
+        uniforms, ids, logprobs: [S,R] random numbers, sampled tokens, their log-probabilities.
+    """
+
+    def __init__(self, slots: int, length: int, budget: int, layers: int, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.size, self.length, self.budget = slots, length, budget
+        self.token, self.start, self.position, self.count = (zeros(slots) for _ in range(4))
+        self.active = zeros(slots, dtype=torch.bool)
+        self.uniforms, self.logprobs = (zeros(slots, budget, dtype=torch.float32) for _ in range(2))
+        self.ids = zeros(slots, budget)
+        self.layers: list[Any] = [SlotLayer(self.position, length) for _ in range(layers)]
+        self.cache = Cache(layers=self.layers)
+        self.rows, self.columns = (torch.arange(n, device=device) for n in (slots, length))
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def admit(self, slots: Tensor, widths: Tensor, prompt: int, noise: Tensor) -> None:
+        """Start a response in each of `slots` [n]: prompts of `widths` tokens, left-padded to `prompt` columns."""
+        self.start[slots] = prompt - widths
+        self.position[slots] = prompt
+        self.count[slots] = 0
+        self.uniforms[slots] = noise
+        self.active[slots] = True
+
+    def append(self, slots: Tensor, tokens: Tensor, logprobs: Tensor, eos: int) -> None:
+        """Take one sampled token for each of `slots`; a response that ends with it becomes inactive. In place."""
+        active, count = self.active[slots], self.count[slots]
+        at = count.clamp(max=self.budget - 1)
+        self.ids[slots, at] = torch.where(active, tokens, self.ids[slots, at])
+        self.logprobs[slots, at] = torch.where(active, logprobs, self.logprobs[slots, at])
+        self.token[slots] = tokens
+        self.count[slots] = count + active
+        self.active[slots] = active & (tokens != eos) & (count + 1 < self.budget)
+
+
+class CompiledGenerator:
+    """Samples from a copy of the policy in `dtype` (one more set of weights), or from the policy itself.
+
+    Args:
+        policy: a causal LM for which `unsupported` says nothing. LoRA adapters stay unmerged.
+        pad_id, eos_id: of the tokenizer.
+        slots: responses under way at once; more prompts wait for a free slot.
+        dtype: of matrix products. float32 samples from the policy itself, another dtype from a copy, except with LoRA,
+            whose frozen base is in that dtype already.
+        active: context in which the policy's own adapter is active (LoRA).
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        pad_id: int,
+        eos_id: int,
+        slots: int = 256,
+        dtype: torch.dtype = torch.float32,
+        active: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.policy, self.pad_id, self.eos_id, self.max_slots = policy, pad_id, eos_id, slots
+        self.dtype, self.active = dtype, active
+        self.copied = dtype != torch.float32 and not hasattr(policy, "peft_config")
+        self.model: Any = policy
+        if self.copied:
+            self.model = copy.deepcopy(policy).requires_grad_(False).eval()
+            self.model.to(dtype)
+        self.slots: dict[tuple, Slots] = {}
+        self.captures = 0  # CUDA graphs captured so far
+
+    @property
+    def device(self) -> torch.device:
+        """Where it samples."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Take over the policy's weights."""
+        if self.copied:
+            torch._foreach_copy_(list(self.model.parameters()), list(self.policy.parameters()))
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], uniforms: Tensor, temperature: float, top_p: float = 1.0) -> Generated:
+        """See `rlhf.ppo.generation.Generator`."""
+        count, budget = uniforms.shape
+        noise = uniforms.to(self.device)
+        out = Slots(count, 0, budget, 0, self.device)  # the finished responses, in the order of the prompts
+        owner: dict[int, int] = {}  # slot -> prompt
+        waiting = sorted(range(count), key=lambda row: len(prompts[row]))  # taken from the end: longest first
+        with self._sampling():
+            slots = self._slots_for(prompts, budget, temperature, top_p)
+            while waiting or owner:
+                _harvest(slots, owner, out)
+                free = [slot for slot in range(slots.size) if slot not in owner]
+                if waiting and (not owner or len(free) >= REFILL_SHARE * slots.size):
+                    owner |= self._admit(slots, free, waiting, prompts, noise, temperature, top_p)
+                for _ in range(STEPS_PER_CHECK if slots.graph else 1):
+                    self._step(slots, temperature, top_p)
+        mask = torch.arange(budget, device=self.device) < out.count.unsqueeze(1)
+        return Generated(
+            response_ids=torch.where(mask, out.ids, self.pad_id),
+            response_mask=mask,
+            finished=out.token == self.eos_id,
+            logprobs=torch.where(mask, out.logprobs, 0.0),
+        )
+
+    def _slots_for(self, prompts: list[list[int]], budget: int, temperature: float, top_p: float) -> Slots:
+        """Slots whose cache holds the longest of these prompts and its response, all of them free."""
+        size = min(self.max_slots, 1 << (len(prompts) - 1).bit_length())
+        length = -(-(max(map(len, prompts)) + budget) // LENGTH_BUCKET) * LENGTH_BUCKET
+        key = (size, length, budget, temperature, top_p)
+        if key not in self.slots:
+            while len(self.slots) >= MAX_KEPT:  # caches and graphs of sizes that came earlier
+                del self.slots[next(iter(self.slots))]
+            layers = self.model.config.get_text_config().num_hidden_layers
+            slots = self.slots[key] = Slots(size, length, budget, layers, self.device)
+            if self.device.type == "cuda":
+                self._capture(slots, temperature, top_p)
+        self.slots[key].active.zero_()
+        return self.slots[key]
+
+    def _capture(self, slots: Slots, temperature: float, top_p: float) -> None:
+        """Record one step as a CUDA graph, while no slot is active and a step changes nothing that counts."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # allocates the cache; lets libraries choose their kernels
+                self._step(slots, temperature, top_p)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step(slots, temperature, top_p)
+        slots.graph = graph
+        self.captures += 1
+
+    def _step(self, slots: Slots, temperature: float, top_p: float) -> None:
+        """Feed every slot its last token and sample the next one."""
+        if slots.graph is not None:
+            slots.graph.replay()
+            return
+        start, position = slots.start.unsqueeze(1), slots.position.unsqueeze(1)
+        seen = (slots.columns >= start) & (slots.columns <= position)
+        logits = self.model(
+            input_ids=slots.token.unsqueeze(1),
+            attention_mask=seen[:, None, None],
+            position_ids=position - start,
+            past_key_values=slots.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        noise = slots.uniforms[slots.rows, slots.count.clamp(max=slots.budget - 1)]
+        tokens, logprobs = _draw(logits, noise, temperature, top_p)
+        slots.position.add_(slots.active).clamp_(max=slots.length - 1)
+        slots.append(slots.rows, tokens, logprobs, self.eos_id)
+
+    def _admit(
+        self,
+        slots: Slots,
+        free: list[int],
+        waiting: list[int],
+        prompts: list[list[int]],
+        noise: Tensor,
+        temperature: float,
+        top_p: float,
+    ) -> dict[int, int]:
+        """Read prompts into free slots and sample their first tokens; returns slot -> prompt."""
+        room = max(1, PREFILL_TOKENS // len(prompts[waiting[-1]]))
+        rows = [waiting.pop() for _ in range(min(len(free), len(waiting), room))]
+        taken = torch.tensor(free[: len(rows)], device=self.device)
+        ids, mask = (x.to(self.device) for x in left_pad([prompts[row] for row in rows], self.pad_id))
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            past_key_values=DynamicCache(config=self.model.config),
+            use_cache=True,
+            **keep_last(self.model, 1),
+        )
+        for layer, prefilled in zip(slots.layers, out.past_key_values.layers, strict=True):
+            layer.fill(taken, prefilled.keys, prefilled.values)
+        mine = noise[torch.tensor(rows, device=self.device)]
+        slots.admit(taken, mask.sum(1), ids.shape[1], mine)
+        slots.append(taken, *_draw(out.logits[:, -1], mine[:, 0], temperature, top_p), self.eos_id)
+        return dict(zip(free, rows, strict=False))
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """Evaluation mode, the policy's adapter, and autocast where the weights are not in `dtype` already."""
+        training = self.model.training
+        self.model.eval()  # in train mode gradient checkpointing drops the KV cache
+        cast = self.dtype != torch.float32 and not self.copied
+        try:
+            # A CUDA graph would keep reading weights that autocast cached at capture.
+            with self.active(), torch.autocast(self.device.type, self.dtype, enabled=cast, cache_enabled=False):
+                yield
+        finally:
+            self.model.train(training)
+
+
+def _draw(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Token [S] of each row of logits [S,V] at its uniform number [S], and its log-probability."""
+    logprobs = sampling_logprobs(logits, temperature, top_p)
+    tokens = inverse_cdf(logprobs, noise)
+    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def _harvest(slots: Slots, owner: dict[int, int], out: Slots) -> None:
+    """Move responses that ended from their slots to `out`; waits for the device."""
+    active = slots.active.tolist()
+    done = [slot for slot in owner if not active[slot]]
+    if not done:
+        return
+    taken = torch.tensor(done, device=slots.token.device)
+    rows = torch.tensor([owner.pop(slot) for slot in done], device=slots.token.device)
+    out.ids[rows], out.logprobs[rows], out.count[rows] = slots.ids[taken], slots.logprobs[taken], slots.count[taken]
+    out.token[rows] = out.ids[rows, out.count[rows] - 1]  # the last one
+
+
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why `CompiledGenerator` cannot sample from this model; None where it can."""
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        return f"its attention is {config._attn_implementation}, and slots need sdpa"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+        return "it has layers other than full attention"
+    return None

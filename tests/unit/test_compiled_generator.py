@@ -1,0 +1,120 @@
+"""Slots sample what transformers' `generate` samples, in whatever order responses end and slots are filled again."""
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from rlhf.errors import UserError
+from rlhf.models import set_active_adapter
+from rlhf.ppo.generation import CompiledGenerator, PlainGenerator
+from rlhf.ppo.generation.compiled import unsupported
+from rlhf.ppo.rollout import uniforms
+from tests.builders import build_model, build_tokenizer
+from tests.ppo_toys import lively, toy_trainer
+from tests.tolerances import assert_close
+
+PROMPTS = [[1, 40 + i % 20, 50 + 3 * i % 30, 44][: 1 + i % 4] for i in range(40)]
+
+
+def llama(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 40  # far from uniform
+        model.lm_head.weight[tokenizer.eos_token_id] *= 1.5
+    model.generation_config = GenerationConfig()
+    return model
+
+
+def both(model, tokenizer, slots, temperature=0.7, top_p=1.0, length=12):
+    noise = uniforms(len(PROMPTS), length, 3)
+    plain = PlainGenerator(model, tokenizer).generate(PROMPTS, noise, temperature, top_p)
+    mine = CompiledGenerator(model, tokenizer.pad_token_id, tokenizer.eos_token_id, slots)
+    return plain, mine.generate(PROMPTS, noise, temperature, top_p)
+
+
+@pytest.mark.parametrize("slots", [64, 8, 3, 1])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_samples_the_same_as_generate(architecture, slots):
+    tokenizer = build_tokenizer()
+    model = lively(build_model(tokenizer, n_layer=2)) if architecture == "gpt2" else llama(tokenizer)
+    plain, mine = both(model, tokenizer, slots)
+    lengths = plain.response_mask.sum(1)
+    assert lengths.min() < 4 and lengths.max() > 8  # slots are freed at different times
+    assert torch.equal(mine.response_ids, plain.response_ids)
+    assert torch.equal(mine.response_mask, plain.response_mask)
+    assert torch.equal(mine.finished, plain.finished)
+    assert_close(mine.logprobs, plain.logprobs)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.3, 0.7)])
+def test_greedy_and_nucleus(temperature, top_p):
+    tokenizer = build_tokenizer()
+    plain, mine = both(lively(build_model(tokenizer)), tokenizer, 8, temperature, top_p)
+    assert torch.equal(mine.response_ids, plain.response_ids)
+    assert torch.equal(mine.finished, plain.finished)
+
+
+def test_a_copy_follows_the_policy_only_when_told():
+    tokenizer = build_tokenizer()
+    policy = lively(build_model(tokenizer))
+    generator = CompiledGenerator(policy, tokenizer.pad_token_id, tokenizer.eos_token_id, dtype=torch.bfloat16)
+    noise = uniforms(len(PROMPTS), 8, 0)
+    before = generator.generate(PROMPTS, noise, 1.0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(generator.generate(PROMPTS, noise, 1.0).response_ids, before.response_ids)
+    generator.sync()
+    assert {p.dtype for p in generator.model.parameters()} == {torch.bfloat16}
+    assert not torch.equal(generator.generate(PROMPTS, noise, 1.0).response_ids, before.response_ids)
+
+
+def test_lora_samples_with_the_policy_adapter(tmp_path):
+    trainer = toy_trainer(tmp_path, "lora-separate", ppo={"generator": "compiled"})
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    noise = uniforms(4, 8, 0)
+    prompts = trainer.prompts.ids[:4]
+    mine = trainer.generator.generate(prompts, noise, 1.0)
+    plain = PlainGenerator(trainer.model, build_tokenizer()).generate(prompts, noise, 1.0)
+    assert torch.equal(mine.response_ids, plain.response_ids)
+    assert_close(mine.logprobs, plain.logprobs)
+    set_active_adapter(trainer.model, None)
+    off = PlainGenerator(trainer.model.policy.get_base_model(), build_tokenizer()).generate(prompts, noise, 1.0)
+    assert not torch.allclose(off.logprobs, mine.logprobs, atol=1e-3)
+
+
+def test_a_training_run_is_the_same_with_both_back_ends(tmp_path):
+    rows = {}
+    for name in ("plain", "compiled"):
+        trainer = toy_trainer(tmp_path / name, ppo={"generator": name, "generation_slots": 3})
+        assert type(trainer.generator).__name__ == f"{name.capitalize()}Generator"
+        rows[name], _ = trainer.step()
+    for key, value in rows["plain"].items():
+        if not key.startswith("perf/"):
+            assert_close(rows["compiled"][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_what_slots_cannot_sample_is_said(tmp_path):
+    model = build_model(build_tokenizer())
+    assert unsupported(model) is None
+    model.config._attn_implementation = "eager"
+    assert "eager" in unsupported(model)
+    windowed = llama(build_tokenizer())
+    windowed.config.sliding_window = 8
+    assert "full attention" in unsupported(windowed)
+    with pytest.raises(UserError, match=r"stop_strings.*set ppo\.generator: plain"):
+        toy_trainer(tmp_path, ppo={"generator": "compiled", "stop_strings": ["."]})
