@@ -31,7 +31,7 @@ COMMON = --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(RUN),--run "$(RU
 STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 
-.PHONY: help setup pretrain sft reward ppo evaluate status notebook test test-slow test-gpu check format clean
+.PHONY: help setup pretrain sft reward ppo evaluate status notebook test test-slow test-gpu check format bench-env clean
 
 help: ## list the targets
 	@echo 'make sft reward ppo    runs the default recipe end to end. Variables:'
@@ -94,6 +94,11 @@ format: $(STAMP) ## rewrite the code in the project's style
 check: $(STAMP) ## format, lint, types, tests
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
 	@$(MAKE) --no-print-directory test
+
+bench-env: $(CONSTRAINTS) ## prepare .venv-trl: TRL 1.12.0, which the benchmarks compare with
+	@$(PYTHON) -m venv .venv-trl
+	@grep '^torch==' $(CONSTRAINTS) > .venv-trl/torch.txt
+	@.venv-trl/bin/python -m pip install --quiet $(PIP_ARGS) -r .venv-trl/torch.txt -r benchmarks/requirements-trl.txt
 
 clean: ## remove caches (artifacts and .venv stay)
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info

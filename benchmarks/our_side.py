@@ -1,0 +1,72 @@
+"""Our PPOTrainer, driven as benchmarks/ppo_vs_trl.py needs it: one update per line "step" on stdin.
+
+python -m benchmarks.our_side SPEC.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.random_run import context_of
+from pipelines.cli import keep_freed_memory, setup_logging
+from rlhf.models import load_tokenizer
+from rlhf.ppo.stage import build_trainer
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.recipe import Recipe
+from rlhf.stage import peak_memory_gib
+from rlhf.yamlio import validate
+
+MARK = "@@ "
+
+
+def say(row: dict[str, Any]) -> None:
+    """One JSON line for the process that started this one."""
+    print(MARK + json.dumps(row), flush=True)
+
+
+def dtypes_of(trainer: PPOTrainer) -> dict[str, str]:
+    """dtypes of trained weights, Adam's state, the frozen reference, and matrix products."""
+    state = [value.dtype for entry in trainer.optimizer.state.values() for value in entry.values() if value.numel() > 1]
+    frozen = getattr(trainer.reference, "frozen", None)
+    names = {
+        "weights": {p.dtype for p in trainer.parameters},
+        "adam": set(state),
+        "frozen": {p.dtype for p in frozen.parameters()} if frozen is not None else set(),
+    }
+    found = {name: "/".join(sorted(str(d).removeprefix("torch.") for d in kinds)) for name, kinds in names.items()}
+    return found | {"autocast": trainer.accelerator.mixed_precision}
+
+
+def timed_step(trainer: PPOTrainer) -> dict[str, Any]:
+    """One ppo_step and what it took."""
+    started = time.perf_counter()
+    metrics, _ = trainer.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    trainer.ppo_step += 1
+    phases = {name: metrics[f"perf/{name}_seconds"] for name in ("generate", "score", "train")}
+    return {"seconds": seconds, **phases, "peak_gib": peak_memory_gib(), "dtypes": dtypes_of(trainer)}
+
+
+def main() -> None:
+    """Command line."""
+    setup_logging()
+    keep_freed_memory()
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    recipe = validate(Recipe, spec["recipe"], "benchmark")
+    ctx = context_of(recipe, Path(spec["root"]), spec["run"])
+    trainer = build_trainer(ctx, load_tokenizer(ctx.inputs["sft"].model_dir))
+    say({"ready": True})
+    while sys.stdin.readline():
+        say(timed_step(trainer))
+
+
+if __name__ == "__main__":
+    main()
