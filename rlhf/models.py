@@ -397,6 +397,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile each transformer block in place. All blocks of a model share one compilation, for any shape."""
+    torch._dynamo.config.recompile_limit = 64  # adapters, gradient on or off, dtypes: more variants than its default 8
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():
         if type(module).__name__ in names:
@@ -513,7 +514,7 @@ class ActorCritic(nn.Module):
         training = self.policy.training
         self.policy.eval()  # in train mode gradient checkpointing drops the KV cache
         try:
-            with self.adapter("policy"):
+            with self.adapter("policy"), torch.compiler.set_stance("force_eager"):  # a growing cache would recompile
                 return self.policy.generate(**kwargs)
         finally:
             self.policy.train(training)

@@ -53,6 +53,8 @@ class SlotLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write one token of every slot [S,H,1,D]; returns all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         self.keys[self.rows, :, self.positions] = key_states[:, :, 0]
         self.values[self.rows, :, self.positions] = value_states[:, :, 0]
@@ -60,8 +62,6 @@ class SlotLayer(CacheLayerMixin):
 
     def fill(self, slots: Tensor, key_states: Tensor, value_states: Tensor) -> None:
         """Write whole prompts [n,H,P,D] into `slots` [n], from position 0."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         width = key_states.shape[2]
         self.keys[slots, :, :width] = key_states
@@ -201,18 +201,18 @@ class CompiledGenerator:
                 del self.slots[next(iter(self.slots))]
             layers = self.model.config.get_text_config().num_hidden_layers
             slots = self.slots[key] = Slots(size, length, budget, layers, self.device)
+            self._step(slots, temperature, top_p)  # no slot is active yet: it allocates the cache and changes nothing
             if self.device.type == "cuda":
                 self._capture(slots, temperature, top_p)
         self.slots[key].active.zero_()
         return self.slots[key]
 
     def _capture(self, slots: Slots, temperature: float, top_p: float) -> None:
-        """Record one step as a CUDA graph, while no slot is active and a step changes nothing that counts."""
+        """Record one step as a CUDA graph."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):  # allocates the cache; lets libraries choose their kernels
-                self._step(slots, temperature, top_p)
+            self._step(slots, temperature, top_p)  # libraries choose their kernels
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -277,7 +277,9 @@ class CompiledGenerator:
         cast = self.dtype != torch.float32 and not self.copied
         try:
             # A CUDA graph would keep reading weights that autocast cached at capture.
-            with self.active(), torch.autocast(self.device.type, self.dtype, enabled=cast, cache_enabled=False):
+            autocast = torch.autocast(self.device.type, self.dtype, enabled=cast, cache_enabled=False)
+            # Blocks that are compiled for training run as they are: their graphs would not fit one inside the other.
+            with self.active(), autocast, torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             self.model.train(training)
