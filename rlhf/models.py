@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal
@@ -329,7 +330,10 @@ def response_logprobs(
     tokens = input_ids[:, -length:]
     if chunked:
         hidden = hidden_states(trunk_of(model), input_ids, attention_mask)[:, -(length + 1) : -1]
-        return *_chunked_logprobs(model.get_output_embeddings(), hidden, tokens, temperature, entropy), hidden
+        compute = _fused_head_logprobs if getattr(model, "blocks_compiled", False) else _head_logprobs
+        head = model.get_output_embeddings()
+        parts = _chunked_logprobs(partial(compute, head), head.weight.shape[0], hidden, tokens, temperature, entropy)
+        return *parts, hidden
     with captured_hidden_states(model) as states:
         out = model(
             input_ids=input_ids,
@@ -354,20 +358,16 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, entropy: 
 
 
 def _chunked_logprobs(
-    head: Any, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool
+    compute: Callable, vocab: int, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`token_logprobs` of `head(hidden)`, never holding more than `LOGITS_BYTES` of float32 logits."""
-
-    def chunk(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _head_logprobs(head, states, wanted, temperature, entropy)
-
+    """`compute` on pieces of `hidden` [B,R,D], none with more than `LOGITS_BYTES` of float32 logits."""
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
-    size = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
+    size = max(1, LOGITS_BYTES // (4 * vocab))
     if flat.shape[0] <= size:
-        parts = [chunk(flat, wanted)]
+        parts = [compute(flat, wanted, temperature, entropy)]
     else:
         pieces = zip(flat.split(size), wanted.split(size), strict=True)
-        parts = [checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces]
+        parts = [checkpoint(compute, *piece, temperature, entropy, use_reentrant=False) for piece in pieces]
     logprobs = torch.cat([part[0] for part in parts]).view(tokens.shape)
     entropies = torch.cat([part[1] for part in parts]).view(tokens.shape) if entropy else None
     return logprobs, entropies
@@ -377,6 +377,9 @@ def _head_logprobs(
     head: Any, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     return token_logprobs(head(hidden.to(head.weight.dtype)), tokens, temperature, entropy)
+
+
+_fused_head_logprobs = torch.compile(_head_logprobs, dynamic=True)  # compiled at its first call
 
 
 @torch.no_grad()
@@ -395,6 +398,15 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return torch.allclose(head(states[0].to(head.weight.dtype)), logits, rtol=1e-3, atol=1e-4)
 
 
+def keep_residuals_in(dtype: torch.dtype, model: PreTrainedModel) -> None:
+    """Run the residual stream in `dtype`, as the frozen bf16 copies do: autocast alone leaves it in float32.
+
+    Policy and reference then round alike, and every elementwise step moves half the bytes.
+    """
+    if dtype != torch.float32:
+        model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.to(dtype))
+
+
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile each transformer block in place. All blocks of a model share one compilation, for any shape."""
     torch._dynamo.config.recompile_limit = 64  # adapters, gradient on or off, dtypes: more variants than its default 8
@@ -402,6 +414,8 @@ def compile_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ in names:
             module.compile(dynamic=True)
+        if isinstance(module, PreTrainedModel):
+            module.blocks_compiled = True  # the log-probabilities after them are then compiled, too
 
 
 def keep_last(model: nn.Module, count: int) -> dict[str, int]:

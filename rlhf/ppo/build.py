@@ -22,6 +22,7 @@ from rlhf.models import (
     check_saved,
     compile_blocks,
     compute_dtype,
+    keep_residuals_in,
     load_model,
     lora_config,
     new_reward_model,
@@ -51,6 +52,9 @@ def build_actor_critic(ctx: StageContext) -> ActorCritic:
             model = ActorCritic(policy, _build_critic(ctx), None)
     # Sampling is described by the recipe; the base's own top-k or repetition penalty would make another policy.
     model.policy.generation_config = GenerationConfig()
+    for part in (model.policy, model.critic):
+        if part is not None:
+            keep_residuals_in(compute_dtype(ctx.recipe), part)
     if config.gradient_checkpointing:
         for part in (model.policy, model.critic):
             if part is not None:
@@ -193,7 +197,8 @@ def build_generator(
         return PlainGenerator(model, tokenizer, config.stop_strings, synced=sharded, autocast=dtype)
     adapter = partial(model.adapter, "policy")
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    return CompiledGenerator(model.policy, pad, eos, config.generation_slots, dtype, adapter)
+    compiled = wants_compile(ctx, accelerator.device)
+    return CompiledGenerator(model.policy, pad, eos, config.generation_slots, dtype, adapter, compiled)
 
 
 def wants_compile(ctx: StageContext, device: torch.device) -> bool:

@@ -7,7 +7,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from rlhf.errors import UserError
 from rlhf.models import set_active_adapter
 from rlhf.ppo.generation import CompiledGenerator, PlainGenerator
-from rlhf.ppo.generation.compiled import unsupported
+from rlhf.ppo.generation.compiled import copy_weights, sampling_copy, unsupported
 from rlhf.ppo.rollout import uniforms
 from tests.builders import build_model, build_tokenizer
 from tests.ppo_toys import lively, toy_trainer
@@ -95,6 +95,24 @@ def test_lora_samples_with_the_policy_adapter(tmp_path):
     set_active_adapter(trainer.model, None)
     off = PlainGenerator(trainer.model.policy.get_base_model(), build_tokenizer()).generate(prompts, noise, 1.0)
     assert not torch.allclose(off.logprobs, mine.logprobs, atol=1e-3)
+
+
+def test_a_copy_holds_the_policy_adapter_merged(tmp_path):
+    trainer = toy_trainer(tmp_path, "lora-separate")
+    policy = trainer.model.policy
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    plain = sampling_copy(policy, torch.float32)
+    assert not hasattr(plain, "peft_config")
+    copy_weights(policy, plain)
+    ids = torch.tensor([[1, 40, 50, 60]])
+    with trainer.model.adapter("policy"):
+        expected = policy(ids).logits
+    assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    with trainer.model.adapter("critic"):
+        assert not torch.allclose(policy(ids).logits, expected, atol=1e-2)
 
 
 def test_a_training_run_is_the_same_with_both_back_ends(tmp_path):

@@ -11,6 +11,7 @@ from rlhf.models import (
     check_saved,
     check_tensors,
     disable_dropout,
+    has_plain_head,
     init_score_head,
     last_position,
     load_model,
@@ -274,3 +275,40 @@ def test_check_saved_notices_a_lost_score_head(tmp_path):
         model.score.weight *= 1.1
     with pytest.raises(RuntimeError, match="outputs differ"):
         check_saved(model, tmp_path / "model", "score")
+
+
+# ------------------------------------------------------------------------------------------------------------ chunks
+@pytest.mark.parametrize("compiled", [False, True])
+def test_chunks_change_neither_value_nor_gradient(monkeypatch, compiled):
+    """Whole logits of the model's own forward against chunks of five tokens, computed again in the backward pass."""
+    monkeypatch.setattr("rlhf.models.LOGITS_BYTES", 5 * 4 * 280)
+    if not compiled:
+        monkeypatch.setattr("rlhf.models._fused_head_logprobs", None)
+    results = []
+    for chunked in (False, True):
+        model = lively(build_model(build_tokenizer(), n_layer=2))
+        if compiled and chunked:
+            model.blocks_compiled = True
+        ids = torch.arange(3 * 9).reshape(3, 9) * 37 % 280
+        logprobs, entropy, hidden = response_logprobs(model, ids, torch.ones_like(ids), 6, 0.7, True, chunked)
+        (logprobs.sum() + entropy.square().sum() + hidden.sum()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append((logprobs, entropy, hidden, gradients))
+    for mine, whole in zip(results[1][:3], results[0][:3], strict=True):
+        assert_close(mine, whole)
+    for name, gradient in results[0][3].items():
+        assert_close(results[1][3][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_scaled_head_is_not_plain():
+    model = build_model(build_tokenizer())
+    assert has_plain_head(model)
+    forward = model.forward
+
+    def capped(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * 0.5
+        return out
+
+    model.forward = capped
+    assert not has_plain_head(model)
