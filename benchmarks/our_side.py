@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.random_run import context_of
+from benchmarks.start import context_of
 from pipelines.cli import keep_freed_memory, setup_logging
+from rlhf.logs import append_row
 from rlhf.models import load_tokenizer
 from rlhf.ppo.stage import build_trainer
 from rlhf.ppo.trainer import PPOTrainer
@@ -55,17 +56,35 @@ def timed_step(trainer: PPOTrainer) -> dict[str, Any]:
     return {"seconds": seconds, **phases, "peak_gib": peak_memory_gib(), "dtypes": dtypes_of(trainer)}
 
 
+def time_updates(trainer: PPOTrainer, spec: dict[str, Any]) -> None:
+    """Updates on demand, for benchmarks/ppo_vs_trl.py."""
+    say({"ready": True})
+    while sys.stdin.readline():
+        say(timed_step(trainer))
+
+
+def learn(trainer: PPOTrainer, spec: dict[str, Any]) -> None:
+    """A whole run, for benchmarks/trl_learning.py: `OUT/step_<n>/` every few updates and after the last."""
+    out, total, started = Path(spec["out"]), trainer.config.total_steps, time.perf_counter()
+    while trainer.ppo_step < total:
+        metrics, _ = trainer.step()
+        trainer.ppo_step += 1
+        if trainer.ppo_step % spec["every"] == 0 or trainer.ppo_step == total:
+            policy = trainer.accelerator.unwrap_model(trainer.model).policy
+            policy.save_pretrained(out / f"step_{trainer.ppo_step:04d}")
+        row = {"ppo_step": trainer.ppo_step, "seconds": time.perf_counter() - started} | metrics
+        append_row(out / "metrics.jsonl", row)
+
+
 def main() -> None:
     """Command line."""
     setup_logging()
     keep_freed_memory()
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    command, spec = sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     recipe = validate(Recipe, spec["recipe"], "benchmark")
     ctx = context_of(recipe, Path(spec["root"]), spec["run"])
     trainer = build_trainer(ctx, load_tokenizer(ctx.inputs["sft"].model_dir))
-    say({"ready": True})
-    while sys.stdin.readline():
-        say(timed_step(trainer))
+    {"time": time_updates, "learn": learn}[command](trainer, spec)
 
 
 if __name__ == "__main__":

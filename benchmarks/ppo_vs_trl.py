@@ -25,19 +25,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.random_run import Shape, context_of, random_context
-from rlhf.data import Renderer
-from rlhf.models import load_tokenizer
-from rlhf.ppo.stage import load_prompts
+from benchmarks.start import ENVIRONMENT, Shape, finished_run_context, random_context, side_specs
 from rlhf.recipe import load_recipe
 from rlhf.stage import StageContext, git_commit, package_versions
 
 MARK = "@@ "
 HERE = Path(__file__).resolve().parent
-# Freed memory stays with the process, on both sides (pipelines/cli.py:keep_freed_memory says what that is worth).
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ class Side:
     """One process that does an update when told to."""
 
     def __init__(self, name: str, command: list[str], threads: int | None) -> None:
-        env = os.environ | KEEP_MEMORY | OFFLINE
+        env = os.environ | ENVIRONMENT
         if threads:
             env["OMP_NUM_THREADS"] = str(threads)
         self.name = name
@@ -132,10 +125,7 @@ def context(args: argparse.Namespace, root: Path) -> tuple[StageContext, int]:
     overrides = [f"ppo.total_episodes={episodes}", "ppo.eval_every=null", *args.overrides]
     if args.run:
         recipe = load_recipe("tiny", [*overrides, f"hardware.device={args.device}", "logging.report_to=[]"])
-        (root / "tiny").mkdir()
-        for stage in ("sft", "reward"):
-            (root / "tiny" / stage).symlink_to((Path(args.run) / stage).resolve())
-        ctx = context_of(recipe, root, "tiny")
+        ctx = finished_run_context(root, Path(args.run), recipe)
     else:
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
         ctx = random_context(root, workload.shape, workload.ppo, overrides, args.seed, dtype, args.device)
@@ -143,28 +133,12 @@ def context(args: argparse.Namespace, root: Path) -> tuple[StageContext, int]:
 
 
 def write_specs(args: argparse.Namespace, root: Path) -> dict[str, Path]:
-    """What each side reads: the same artifacts, prompts and hyperparameters."""
+    """What each side reads."""
     ctx, micro_batch = context(args, root)
-    ppo = ctx.recipe.ppo
-    renderer = Renderer(load_tokenizer(ctx.inputs["sft"].model_dir), ctx.recipe.model.chat)
-    statistics = ctx.inputs["reward"].manifest["reward_statistics"]
-    trl = {
-        "policy": str(ctx.inputs["sft"].model_dir),
-        "reward": str(ctx.inputs["reward"].model_dir),
-        "score_mean": statistics["mean"],
-        "score_std": statistics["std"],
-        "prompts": load_prompts(ppo.data, ppo.split, renderer, ppo.max_prompt_length).ids,
-        "ppo": ppo.model_dump(mode="json"),
-        "trl_micro_batch": micro_batch,
-        "stop_at_eos": args.run is not None or WORKLOADS[args.workload].shape.ends,
-        "dtype": args.trl_dtype or ("bfloat16" if args.device == "cuda" else "float32"),
-        "device": args.device,
-        "seed": args.seed,
-    }
-    ours = {"root": str(root), "run": ctx.run, "recipe": ctx.recipe.model_dump(mode="json")}
-    paths = {}
-    for name, spec in (("ours", ours), ("trl", trl)):
-        paths[name] = root / f"{name}.json"
+    dtype = args.trl_dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    specs = side_specs(ctx, {"trl_micro_batch": micro_batch, "dtype": dtype, "device": args.device})
+    paths = {name: root / f"{name}.json" for name in specs}
+    for name, spec in specs.items():
         paths[name].write_text(json.dumps(spec), encoding="utf-8")
     return paths
 
@@ -176,7 +150,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         specs = write_specs(args, Path(directory))
         commands = {
             "trl": [*shlex.split(args.trl_python), str(HERE / "trl_side.py"), "time", str(specs["trl"])],
-            "ours": [sys.executable, "-m", "benchmarks.our_side", str(specs["ours"])],
+            "ours": [sys.executable, "-m", "benchmarks.our_side", "time", str(specs["ours"])],
         }
         groups = [[name] for name in args.sides] if args.apart else [list(args.sides)]
         for group in groups:

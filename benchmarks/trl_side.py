@@ -1,6 +1,8 @@
 """TRL 1.12's PPOTrainer, driven as the benchmarks need it. Runs in TRL's environment and imports nothing of rlhf.
 
     python benchmarks/trl_side.py time SPEC.json      one update per line "step" on stdin, one JSON line each on stdout
+    python benchmarks/trl_side.py learn SPEC.json     a whole run; the policy is saved every few updates
+    python benchmarks/trl_side.py record SPEC.json    one update; every tensor of it is saved
 
 SPEC.json names model folders, prompts as token ids, and hyperparameters by our names; see `build_trainer`.
 """
@@ -19,7 +21,9 @@ from typing import Any
 
 import torch
 import trl.experimental.ppo.ppo_trainer as trl_ppo
+from accelerate.state import GradientState
 from datasets import Dataset
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -70,6 +74,8 @@ def config_of(spec: dict[str, Any], output_dir: str) -> PPOConfig:
         cliprange=ppo["cliprange"],
         cliprange_value=ppo["cliprange_value"],
         vf_coef=ppo["vf_coef"],
+        whiten_rewards=ppo["whiten_rewards"],
+        kl_estimator=ppo["kl_estimator"],
         missing_eos_penalty=ppo["missing_eos_penalty"],
         stop_token="eos" if spec["stop_at_eos"] else None,
         lr_scheduler_type="linear",
@@ -88,22 +94,24 @@ def config_of(spec: dict[str, Any], output_dir: str) -> PPOConfig:
 def build_trainer(spec: dict[str, Any], callback: TrainerCallback, output_dir: str) -> PPOTrainer:
     """TRL's trainer on SPEC's models and prompts.
 
-    Keys of `spec`: policy, reward (model folders), score_mean, score_std, prompts (lists of token ids), ppo (our
-    hyperparameters), trl_micro_batch (episodes of one forward and backward), stop_at_eos, dtype (of all weights),
-    device, seed.
+    Keys of `spec`: policy, reference, reward (model folders), score_mean, score_std, prompts (lists of token ids),
+    ppo (our hyperparameters), trl_micro_batch (episodes of one forward and backward), stop_at_eos, dtype (of all
+    weights), device, seed, all_steps (below).
 
-    With several mini-batches TRL 1.12 still takes one optimizer step per PPO epoch: `accelerator.accumulate` counts
-    the micro-batches of the whole rollout. Counting those of a mini-batch here gives it the steps that were asked for.
+    TRL 1.12 does not count its optimizer steps as its settings say. With several mini-batches it takes one step per PPO
+    epoch all the same, because `accelerator.accumulate` counts the micro-batches of the whole rollout; and on the last
+    batch of each pass over the prompts it takes one per micro-batch, because Accelerate takes that for the end. With
+    `all_steps` (the default) it gets the steps that were asked for.
     """
     tokenizer = AutoTokenizer.from_pretrained(spec["policy"], padding_side="left")
-    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in spec["prompts"]]
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in spec["prompts"][: spec.get("prompts_used")]]
     critic = normalise(load(spec, "score", "reward"), 0.0, spec["score_std"])
     critic.score.bias = None
     trainer = PPOTrainer(
         args=config_of(spec, output_dir),
         processing_class=tokenizer,
         model=load(spec, "causal", "policy"),
-        ref_model=load(spec, "causal", "policy"),
+        ref_model=load(spec, "causal", "reference"),
         reward_model=normalise(load(spec, "score", "reward"), spec["score_mean"], spec["score_std"]),
         value_model=critic,
         train_dataset=Dataset.from_list(rows),
@@ -111,7 +119,9 @@ def build_trainer(spec: dict[str, Any], callback: TrainerCallback, output_dir: s
         callbacks=[callback],
     )
     trainer.remove_callback(trl_ppo.PrinterCallback)
-    trainer.accelerator.gradient_accumulation_steps = spec["ppo"]["mini_batch_size"] // spec["trl_micro_batch"]
+    if spec.get("all_steps", True):
+        trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
+        trainer.accelerator.gradient_accumulation_steps = spec["ppo"]["mini_batch_size"] // spec["trl_micro_batch"]
     return trainer
 
 
@@ -198,12 +208,122 @@ def time_updates(spec: dict[str, Any]) -> None:
         clock.trainer.train()
 
 
+class SavePolicy(TrainerCallback):
+    """Writes `OUT/step_<n>/` every few updates and after the last; seconds and TRL's own metrics go to OUT."""
+
+    def __init__(self, out: Path, every: int) -> None:
+        self.out, self.every, self.trainer = out, every, None
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One update is done."""
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.trainer.accelerator.unwrap_model(self.trainer.model).policy.save_pretrained(
+                self.out / f"step_{state.global_step:04d}"
+            )
+        row = {"ppo_step": state.global_step, "seconds": time.perf_counter() - self.started, **self.metrics}
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def watch(self, trainer: PPOTrainer) -> None:
+        """Keep what the trainer would have logged."""
+        self.trainer, self.metrics = trainer, {}
+        trainer.log = lambda metrics, *args, **kwargs: self.metrics.update(metrics)
+
+
+def learn(spec: dict[str, Any]) -> None:
+    """A whole run, for benchmarks/trl_learning.py."""
+    callback = SavePolicy(Path(spec["out"]), spec["every"])
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = build_trainer(spec, callback, output_dir)
+        callback.watch(trainer)
+        trainer.train()
+
+
+LOCALS = """
+query_responses logprobs ref_logprobs kl scores values rewards advantages returns padding_mask padding_mask_p1
+pg_loss_stats vf_loss_stats pg_clipfrac_stats vf_clipfrac_stats approxkl_stats
+"""
+
+
+class Tap(TrainerCallback):
+    """Keeps what TRL computes in one update, as float32 tensors by name."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.new_logprobs: list[torch.Tensor] = []
+        self.new_values: list[torch.Tensor] = []
+        self.rows: list[torch.Tensor] = []  # of the batch, in each micro-batch
+        self.steps = 0
+        self.originals = trl_ppo.selective_log_softmax, trl_ppo.forward
+
+    def watch(self, trainer: PPOTrainer) -> None:
+        """Look over the trainer's shoulder."""
+        self.trainer = trainer
+        softmax, forward = self.originals
+        adam = trainer.optimizer.optimizer
+        step = adam.step
+
+        def selective_log_softmax(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            result = softmax(logits, index)
+            self.new_logprobs.append(result.detach().clone())
+            return result
+
+        def forward_(model: Any, query_responses: torch.Tensor, pad_token_id: int) -> Any:
+            result = forward(model, query_responses, pad_token_id)
+            if type(result) is tuple:  # policy and critic; the reference's is a ModelOutput
+                self.new_values.append(result[1].detach().clone().squeeze(-1))
+                self.rows.append(torch.as_tensor(sys._getframe(1).f_locals["micro_batch_inds"]))
+            return result
+
+        def step_(*args: Any, **kwargs: Any) -> Any:
+            if self.steps == 0:
+                self.tensors |= {f"gradient.{name}": p.grad.clone() for name, p in self._parameters()}
+            self.steps += 1
+            return step(*args, **kwargs)
+
+        trl_ppo.selective_log_softmax, trl_ppo.forward, adam.step = selective_log_softmax, forward_, step_
+
+    def _parameters(self) -> list[tuple[str, Any]]:
+        return list(self.trainer.accelerator.unwrap_model(self.trainer.model).named_parameters())
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """The update's variables are still there, in the frame of `train`."""
+        frame = sys._getframe()
+        while frame.f_code.co_name != "train":
+            frame = frame.f_back
+        found = {name: torch.as_tensor(frame.f_locals[name]).clone() for name in LOCALS.split()}
+        start = frame.f_locals["context_length"]
+        found["context_length"] = torch.tensor(start)
+        found["optimizer_steps"] = torch.tensor(self.steps)
+        found["rows"] = torch.stack(self.rows)
+        found["new_logprobs"] = torch.stack(self.new_logprobs[2:])  # the first two are of the rollout
+        found["new_values"] = torch.stack(self.new_values)[:, :, start - 1 : -1]
+        found |= {f"after.{name}": p.detach().clone() for name, p in self._parameters()}
+        self.tensors |= found
+
+
+def record(spec: dict[str, Any]) -> None:
+    """One update for each of `runs` (name -> changes of SPEC), for benchmarks/trl_parity.py; tensors go to OUT."""
+    tensors = {}
+    for name, changes in spec["runs"].items():
+        GradientState._reset_state()  # it is shared by all trainers of a process
+        tap, run = Tap(), spec | changes | {"ppo": spec["ppo"] | changes.get("ppo", {})}
+        with tempfile.TemporaryDirectory() as output_dir:
+            trainer = build_trainer(run, tap, output_dir)
+            tap.watch(trainer)
+            trainer.train()
+        trl_ppo.selective_log_softmax, trl_ppo.forward = tap.originals
+        tensors |= {f"{name}/{key}": value.contiguous() for key, value in tap.tensors.items()}
+    save_file(tensors, spec["out"])
+
+
 def main() -> None:
     """Command line."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     command, spec = sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    {"time": time_updates}[command](spec)
+    {"time": time_updates, "learn": learn, "record": record}[command](spec)
 
 
 if __name__ == "__main__":

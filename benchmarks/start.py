@@ -1,4 +1,4 @@
-"""A run with random weights: SFT and reward artifacts, prompts and a recipe, made on the spot from a seed."""
+"""What both sides start from: a run with random weights, made on the spot from a seed, or a finished one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
@@ -21,13 +22,23 @@ from transformers import (
 )
 
 from rlhf.artifacts import Artifact, finish, partial_dir, publish
-from rlhf.models import init_score_head, tokenizer_identity
+from rlhf.data import Renderer
+from rlhf.models import init_score_head, load_tokenizer, tokenizer_identity
 from rlhf.ppo import stage as ppo_stage
+from rlhf.ppo.stage import load_prompts
 from rlhf.recipe import Recipe, apply_override
 from rlhf.stage import StageContext, load_inputs
 from rlhf.yamlio import validate
 
 PAD, BOS, EOS = 0, 1, 2
+# Of both sides' processes. Freed memory stays with them (pipelines/cli.py:keep_freed_memory says what that is worth).
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -166,3 +177,46 @@ def context_of(recipe: Recipe, root: Path, run: str) -> StageContext:
     load_inputs(ctx)
     ctx.dir.mkdir(parents=True, exist_ok=True)
     return ctx
+
+
+def finished_run_context(root: Path, run: Path, recipe: Recipe) -> StageContext:
+    """The ppo stage of `recipe` on the sft and reward artifacts of a finished run, which is only read."""
+    for stage in ("sft", "reward"):
+        link = root / recipe.name / stage
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to((run / stage).resolve())
+    return context_of(recipe, root, recipe.name)
+
+
+def side_specs(ctx: StageContext, trl: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What our_side.py and trl_side.py read: the same artifacts, prompts and hyperparameters.
+
+    Args:
+        ctx: the ppo stage.
+        trl: settings that only TRL's side has: trl_micro_batch, dtype, device.
+    """
+    ppo = ctx.recipe.ppo
+    tokenizer = load_tokenizer(ctx.inputs["sft"].model_dir)
+    statistics = ctx.inputs["reward"].manifest["reward_statistics"]
+    theirs = {
+        "policy": str(ctx.inputs["sft"].model_dir),
+        "reference": str(ctx.inputs["sft"].model_dir),
+        "reward": str(ctx.inputs["reward"].model_dir),
+        "score_mean": statistics["mean"],
+        "score_std": statistics["std"],
+        "prompts": load_prompts(
+            ppo.data, ppo.split, Renderer(tokenizer, ctx.recipe.model.chat), ppo.max_prompt_length
+        ).ids,
+        "ppo": ppo.model_dump(mode="json"),
+        # A model whose EOS lies outside of its logits never ends a response.
+        "stop_at_eos": tokenizer.eos_token_id < number_of_logits(ctx.inputs["sft"].model_dir),
+        "seed": ctx.seed,
+    }
+    ours = {"root": str(ctx.root), "run": ctx.run, "recipe": ctx.recipe.model_dump(mode="json")}
+    return {"trl": theirs | trl, "ours": ours}
+
+
+def number_of_logits(directory: Path) -> int:
+    """Number of logits of the model in `directory`."""
+    return int(AutoConfig.from_pretrained(directory).vocab_size)

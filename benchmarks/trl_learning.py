@@ -1,0 +1,196 @@
+"""Does it learn as TRL 1.12's PPOTrainer does? Both train from the same artifacts, and one evaluation judges both.
+
+    make bench-env && make sft reward                  # TRL's environment; the artifacts of the tiny recipe
+    python -m benchmarks.trl_learning artifacts/tiny --workdir /tmp/learning --out benchmarks/results/learning.json
+
+Every seed of every side is a process; what is finished is not run again. Policies are saved along the way, and all are
+evaluated by rlhf.evaluation on the same held-out prompts with the same random numbers: scores are compared at equal KL.
+
+Matched: prompts, episodes, mini-batches, epochs, learning rate and its decay, Adam's epsilon, KL coefficient, GAE,
+clips, temperature, lengths, scale of scores (TRL's reward model applies mean and std itself), start of the critic,
+missing-EOS rule ("subtract", the one that TRL has). Ours publishes its last step here, as TRL does. Not matched: our
+gradient clipping, which TRL accepts as a setting and never applies; random numbers; the conventions in docs/ppo.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from benchmarks.start import ENVIRONMENT, finished_run_context, side_specs
+from pipelines.cli import keep_freed_memory, setup_logging
+from rlhf.data import Renderer, load_data_recipe, load_rows
+from rlhf.evaluation.stage import load_judge, reward_scores
+from rlhf.functions import call_text_function
+from rlhf.models import load_model, load_tokenizer
+from rlhf.recipe import load_recipe
+from rlhf.sampling import fitting_rows, response_logprob_sums, sample_responses
+from rlhf.stage import StageContext, git_commit, package_versions
+
+HERE = Path(__file__).resolve().parent
+MATCHED = ["ppo.missing_eos_mode=subtract", "ppo.best_metric=null", "ppo.eval_every=null"]
+MEASURES = ("judge", "vader", "reward", "kl", "objective", "length", "eos_rate")
+
+
+def context(args: argparse.Namespace, seed: int) -> StageContext:
+    """The ppo stage with this seed on the artifacts of the finished run."""
+    overrides = [*MATCHED, f"seed={seed}", "logging.report_to=[]", "hardware.device=cpu", *args.overrides]
+    recipe = load_recipe(args.recipe, overrides)
+    return finished_run_context(args.workdir / "artifacts", args.run, recipe)
+
+
+def train(args: argparse.Namespace, side: str, seed: int, out: Path) -> None:
+    """Run one side with one seed in a process of its own; policies are left in `out`."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    trl = {"trl_micro_batch": args.trl_micro_batch, "dtype": "float32", "device": "cpu"}
+    spec = side_specs(context(args, seed), trl)[side] | {"out": str(out), "every": args.every}
+    path = out / "spec.json"
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    commands = {
+        "trl": [*shlex.split(args.trl_python), str(HERE / "trl_side.py")],
+        "ours": [sys.executable, "-m", "benchmarks.our_side"],
+    }
+    with open(out / "log.txt", "w", encoding="utf-8") as log:
+        env = os.environ | ENVIRONMENT
+        subprocess.run(
+            [*commands[side], "learn", str(path)], stdout=log, stderr=log, env=env, cwd=HERE.parent, check=True
+        )
+    path.unlink()
+
+
+class Evaluation:
+    """Measures a policy as the evaluate stage does: judged responses to held-out prompts, and KL to the SFT model."""
+
+    def __init__(self, ctx: StageContext) -> None:
+        section, ppo = ctx.recipe.evaluate, ctx.recipe.ppo
+        self.ctx = ctx
+        self.renderer = Renderer(load_tokenizer(ctx.inputs["sft"].model_dir), ctx.recipe.model.chat)
+        rows = load_rows(load_data_recipe(section.data or ppo.data), section.split, "prompts")
+        fitting = fitting_rows(rows, self.renderer, ppo.max_prompt_length)
+        self.prompts = [row["prompt"] for row in fitting[: section.prompts]]
+        self.judges = {judge.name: load_judge(judge) for judge in section.judges}
+        self.reference = load_model(ctx.inputs["sft"].model_dir).eval()
+
+    def __call__(self, directory: Path) -> dict[str, float]:
+        """Means over the responses of the policy in `directory`; sampling noise is the same for every policy."""
+        ppo, pad = self.ctx.recipe.ppo, self.renderer.tokenizer.pad_token_id
+        model = load_model(directory).eval()
+        samples = sample_responses(model, self.renderer, self.prompts, ppo.response_length, ppo.temperature, seed=0)
+        own = response_logprob_sums(model, samples, ppo.temperature, pad)
+        reference = response_logprob_sums(self.reference, samples, ppo.temperature, pad)
+        result = {
+            name: mean(call_text_function(judge, samples.prompts, samples.responses, {}))
+            for name, judge in self.judges.items()
+        }
+        result["reward"] = mean(reward_scores(self.ctx, self.ctx.inputs["reward"], samples, pad))
+        result["kl"] = mean(a - b for a, b in zip(own, reference, strict=True))
+        result["objective"] = result["reward"] - ppo.kl_coef * result["kl"]
+        return result | {"length": mean(samples.lengths), "eos_rate": samples.eos_rate}
+
+
+def run_one(args: argparse.Namespace, side: str, seed: int, evaluation: Evaluation) -> dict[str, Any]:
+    """Train and evaluate, or read what an earlier call left."""
+    out = args.workdir / f"{side}_{seed}"
+    if (out / "result.json").is_file():
+        return json.loads((out / "result.json").read_text(encoding="utf-8"))
+    train(args, side, seed, out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    sft = evaluation.ctx.inputs["sft"].model_dir
+    folders = [sft, *sorted(out.glob("step_*"))]
+    curve = [{"step": 0 if path == sft else int(path.name[5:])} | evaluation(path) for path in folders]
+    result = {"side": side, "seed": seed, "train_seconds": rows[-1]["seconds"], "curve": curve}
+    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+def at_kl(curve: list[dict[str, float]], kl: float, measure: str) -> float:
+    """`measure` of a run where its KL was `kl`, linear between the saved policies."""
+    points = sorted((point["kl"], point[measure]) for point in curve)
+    return float(np.interp(kl, [x for x, _ in points], [y for _, y in points]))
+
+
+def at_equal_kl(results: list[dict[str, Any]], measure: str) -> list[tuple[int, float, float, float]]:
+    """Per seed that both sides have: the largest KL that both reached, and `measure` of ours and of TRL there."""
+    curves = {(row["side"], row["seed"]): row["curve"] for row in results}
+    seeds = sorted({row["seed"] for row in results})
+    rows = []
+    for seed in seeds:
+        ours, trl = curves.get(("ours", seed)), curves.get(("trl", seed))
+        if ours and trl:
+            kl = min(max(point["kl"] for point in ours), max(point["kl"] for point in trl))
+            rows.append((seed, kl, at_kl(ours, kl, measure), at_kl(trl, kl, measure)))
+    return rows
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """Markdown: final values, and scores at equal KL."""
+    sft = results[0]["curve"][0]
+    sides = {side: [row for row in results if row["side"] == side] for side in ("ours", "trl")}
+    lines = ["| side | seeds | " + " | ".join(MEASURES) + " |", "| --- " * (len(MEASURES) + 2) + "|"]
+    lines.append("| SFT | - | " + " | ".join(f"{sft[name]:.3f}" for name in MEASURES) + " |")
+    for side, rows in sides.items():
+        if rows:
+            cells = [spread([row["curve"][-1][name] for row in rows]) for name in MEASURES]
+            lines.append(f"| {side} | {len(rows)} | " + " | ".join(cells) + " |")
+    lines += ["", "At equal KL:", "", "| seed | KL | judge: ours | TRL | reward: ours | TRL |", "| --- " * 6 + "|"]
+    judge, reward = at_equal_kl(results, "judge"), at_equal_kl(results, "reward")
+    for (seed, kl, a, b), (_, _, c, d) in zip(judge, reward, strict=True):
+        lines.append(f"| {seed} | {kl:.2f} | {a:.3f} | {b:.3f} | {c:.3f} | {d:.3f} |")
+    if judge:
+        gains = [spread([row[2] - row[3] for row in rows]) for rows in (judge, reward)]
+        lines += ["", f"Ours minus TRL at equal KL: judge {gains[0]}, reward {gains[1]}."]
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run: its sft and reward artifacts are used")
+    parser.add_argument("overrides", nargs="*", help="of the recipe, for both sides, such as ppo.kl_coef=0.1")
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--side", choices=("ours", "trl", "both"), default="both")
+    parser.add_argument("--workdir", type=Path, required=True, help="policies and results; kept, to go on from")
+    parser.add_argument("--trl-python", default=".venv-trl/bin/python", help="interpreter (a command) with TRL 1.12")
+    parser.add_argument("--trl-micro-batch", type=int, default=64, help="episodes of TRL's forward and backward")
+    parser.add_argument("--every", type=int, default=5, help="updates between saved policies")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Train, evaluate, print, write."""
+    setup_logging()
+    keep_freed_memory()
+    args = parse()
+    args.workdir = args.workdir.resolve()
+    evaluation = Evaluation(context(args, seed=0))
+    results = []
+    for seed in args.seeds:
+        for side in ("ours", "trl") if args.side == "both" else (args.side,):
+            results.append(run_one(args, side, seed, evaluation))
+            print(f"{side} seed {seed}: {results[-1]['curve'][-1]}", file=sys.stderr, flush=True)
+    print(report(results))
+    if args.out:
+        about = {"command": shlex.join(sys.argv[1:]), "commit": git_commit(), "packages": package_versions()}
+        args.out.write_text(json.dumps(about | {"results": results}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
