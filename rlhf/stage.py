@@ -76,7 +76,17 @@ class Stage:
 
 @dataclass
 class StageContext:
-    """What a running stage knows. `dir` is the `.partial` folder that it writes into."""
+    """What a running stage knows.
+
+    Attributes:
+        stage, recipe: what runs.
+        root: the artifact directory.
+        run: folder of the run below it.
+        inputs: artifacts by the name that the recipe gives them.
+        fingerprint: of what is being built.
+        resumed: whether an interrupted attempt is continued.
+        continued: changes of process count, device, threads or packages between the attempts that made it.
+    """
 
     stage: Stage
     recipe: Recipe
@@ -85,6 +95,7 @@ class StageContext:
     inputs: dict[str, Artifact] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     resumed: bool = False
+    continued: list[str] = field(default_factory=list)
 
     @property
     def final(self) -> Path:
@@ -366,6 +377,7 @@ def _manifest(ctx: StageContext, result: dict[str, Any], seconds: float) -> dict
         "hardware": hardware(),
         "wall_seconds": round(seconds, 2),
         "peak_memory_gib": round(peak_memory_gib(), 3),
+        "continued": ctx.continued,
         **result,
     }
 

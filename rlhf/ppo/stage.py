@@ -178,7 +178,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         seed=ctx.seed,
         accelerator=accelerator,
         writer=writer,
-        checkpointer=Checkpointer(ctx.checkpoints, accelerator),
+        checkpointer=Checkpointer(ctx.checkpoints, accelerator, config.keep_checkpoints, ctx.continued),
     )
 
 
