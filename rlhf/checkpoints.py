@@ -75,7 +75,7 @@ def damage(directory: Path) -> str | None:
 
 
 def newest_whole(candidates: list[Path], check: Callable[[Path], str | None] = damage) -> Path | None:
-    """The last of `candidates` that is whole, the same on every rank. Damaged ones are named; they and unsealed ones go.
+    """The last whole one of `candidates`, the same on every rank. Damaged ones are named; they and unsealed ones go.
 
     Args:
         candidates: folders, oldest first.
@@ -121,9 +121,13 @@ def check_environment(directory: Path, now: dict[str, Any], fixed: Sequence[str]
 
 
 def random_state() -> dict[str, Any]:
-    """Python's, numpy's and torch's global generators of this rank, as torch.load(weights_only=True) reads them back."""
-    name, keys, *rest = numpy.random.get_state()
-    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    """Python's, numpy's and torch's global generators of this rank, as torch.load(weights_only=True) takes them."""
+    name, keys, *rest = numpy.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, numpy.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

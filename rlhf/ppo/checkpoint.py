@@ -205,5 +205,5 @@ def _like(parameter: Tensor, local: Tensor) -> Tensor:
     if local.ndim == 0 or not isinstance(parameter, DTensor):
         return local.clone()  # not a window into the file
     moment = torch.zeros_like(parameter)
-    moment.to_local().copy_(local)
+    _local(moment).copy_(local)
     return moment
