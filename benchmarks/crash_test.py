@@ -1,6 +1,9 @@
 """Kill -9 at random moments of every stage, start again, and compare with a run that nobody disturbed.
 
     python benchmarks/crash_test.py --kills 20 --processes 1
+    python benchmarks/crash_test.py --kills 10 --processes 2 --signal SIGTERM
+
+With SIGTERM or SIGINT, one rank is asked to stop; a training stage must save and end with exit code 143 or 130.
 
 Every stage of a recipe of a few thousand weights is run once undisturbed. Then each is killed: half the kills at a
 random time, half while something is being written (a `.tmp` name, a checkpoint without its seal, a model, a manifest).
@@ -147,7 +150,7 @@ class Attempt:
 
     def __init__(self, stage: str, command: list[str], log: Path, processes: int) -> None:
         port = free_port()
-        self.log = log
+        self.log, self.printed = log, len(log.read_text(encoding="utf-8")) if log.exists() else 0
         self.pids = [self._fork(stage, command, rank, processes, port) for rank in range(processes)]
         self.codes: dict[int, int] = {}
 
@@ -174,6 +177,35 @@ class Attempt:
             if pid not in self.codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
                 self.codes[pid] = os.waitstatus_to_exitcode(ended[1])
         return len(self.codes) < len(self.pids) and not any(self.codes.values())
+
+    def ask(self, number: int, rank: int) -> None:
+        """Send `number` to one rank; what has not ended by itself a while later is killed.
+
+        Raises:
+            SystemExit: an exit code or a message that is not what a stopped stage says.
+        """
+        os.kill(self.pids[rank], number)
+        begun = time.monotonic()
+        while len(self.codes) < len(self.pids) and time.monotonic() - begun < 60:
+            self.running()
+            if self.codes.get(self.pids[rank]) and not self.saved():
+                break  # it was not training: a launcher would end the other ranks now
+            time.sleep(0.005)
+        codes = [self.codes.get(pid) for pid in self.pids]
+        right = {128 + number, -number, 0}  # -number: before the handler stood or after it went; 0: just finished
+        if (self.saved() and set(codes) != {128 + number}) or codes[rank] not in right or "Traceback" in self.said():
+            raise SystemExit(
+                f"{signal.Signals(number).name} to rank {rank}: exit codes {codes}:\n{self.said()[-3000:]}"
+            )
+        self.kill()
+
+    def said(self) -> str:
+        """What this attempt printed."""
+        return self.log.read_text(encoding="utf-8")[self.printed :]
+
+    def saved(self) -> bool:
+        """Whether it says that it saved before it stopped."""
+        return "saved: run the same command again to continue" in self.said()
 
     def kill(self) -> None:
         """SIGKILL to every rank."""
@@ -202,7 +234,9 @@ def being_written(partial: Path) -> bool:
         return False
 
 
-def disturb(attempt: Attempt, partial: Path, seconds: float, numbers: random.Random) -> str | None:
+def disturb(
+    attempt: Attempt, partial: Path, seconds: float, numbers: random.Random, number: signal.Signals
+) -> str | None:
     """Kill an attempt somewhere; returns where ("time" or "write"), None when it ended before."""
     on_write = numbers.random() < 0.5
     begun, after = time.monotonic(), numbers.uniform(0, seconds)
@@ -212,7 +246,10 @@ def disturb(attempt: Attempt, partial: Path, seconds: float, numbers: random.Ran
         if writes:
             time.sleep(numbers.choice((0, 0, 0.001, 0.003)))
         if writes or (late and not on_write):
-            attempt.kill()
+            if number == signal.SIGKILL:
+                attempt.kill()
+            else:
+                attempt.ask(number, numbers.randrange(len(attempt.pids)))
             return "write" if writes else "time"
         time.sleep(0.0005)
     attempt.kill()  # what is left of an attempt that failed
@@ -300,7 +337,8 @@ class Crashes:
                 while attempt.running():
                     time.sleep(0.01)
             else:
-                where = disturb(attempt, root / "crash" / f"{stage}.partial", span, self.numbers)
+                partial = root / "crash" / f"{stage}.partial"
+                where = disturb(attempt, partial, span, self.numbers, signal.Signals[self.arguments.signal])
             if where is None:
                 self.expect_success(attempt)
                 break
@@ -330,6 +368,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=20, help="per stage")
     parser.add_argument("--stages", default=",".join(MODULES), type=lambda text: text.split(","))
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--signal", default="SIGKILL", choices=["SIGKILL", "SIGTERM", "SIGINT"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, help="keep everything here (default: a temporary folder)")
     parser.add_argument("overrides", nargs="*", help="of the recipe, such as peft.r=4")
