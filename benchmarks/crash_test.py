@@ -55,17 +55,17 @@ RECIPE: dict[str, Any] = {
     "pretrain": {
         "architecture": {"vocab_size": 300, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2},
         "block_size": 32,
-        "trainer": TRAINER | {"max_steps": 38},
+        "trainer": TRAINER | {"max_steps": 98},
     },
     "sft": {
         "max_length": 48,
         "eos_prompts": 8,
-        "trainer": TRAINER | {"num_train_epochs": 2, "eval_strategy": "epoch"},
+        "trainer": TRAINER | {"num_train_epochs": 5, "eval_strategy": "epoch"},
     },
     "reward": {
         "max_length": 48,
         "normalize_samples": 16,
-        "trainer": TRAINER | {"num_train_epochs": 2, "eval_strategy": "steps", "eval_steps": 7},
+        "trainer": TRAINER | {"num_train_epochs": 5, "eval_strategy": "steps", "eval_steps": 7},
     },
     "ppo": {
         "total_episodes": 160,
@@ -163,6 +163,7 @@ class Attempt:
             out = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            sys.stdout.reconfigure(line_buffering=True)  # what it said before it was killed counts
             if processes > 1:
                 names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 os.environ |= {name: str(value) for name, value in names.items()}
@@ -184,7 +185,8 @@ class Attempt:
         Raises:
             SystemExit: an exit code or a message that is not what a stopped stage says.
         """
-        os.kill(self.pids[rank], number)
+        if self.pids[rank] not in self.codes:
+            os.kill(self.pids[rank], number)
         begun = time.monotonic()
         while len(self.codes) < len(self.pids) and time.monotonic() - begun < 60:
             self.running()
