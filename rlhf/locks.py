@@ -23,6 +23,7 @@ from rlhf.errors import UserError
 logger = logging.getLogger(__name__)
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of some network file systems
 
 
 @contextmanager
@@ -35,7 +36,9 @@ def locked(path: Path) -> Iterator[None]:
     try:
         handle = _acquire(path)
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno in NO_LOCKS:
+            logger.warning("%s: the file system has no locks: two runs at once would not be noticed", path.parent)
+        elif error.errno not in UNWRITABLE:
             raise
         yield
         return
@@ -50,14 +53,16 @@ def _acquire(path: Path) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        mine = False
         try:
             _claim(path, handle)
-        except BaseException:
-            os.close(handle)
-            raise
-        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+            # Its holder may have removed the file between our two calls; then another one has the name, or none.
+            mine = path.exists() and os.fstat(handle).st_ino == path.stat().st_ino
+        finally:
+            if not mine:
+                os.close(handle)
+        if mine:
             return handle
-        os.close(handle)  # its holder removed the file between our two calls
 
 
 def _claim(path: Path, handle: int) -> None:

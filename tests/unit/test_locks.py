@@ -107,6 +107,16 @@ def test_a_file_that_its_holder_removed_in_between_is_not_taken_for_the_lock(pat
         assert len(calls) == 2 and path.stat().st_ino == os.fstat(calls[-1]).st_ino
 
 
+def test_without_locks_in_the_file_system_it_says_so(path, monkeypatch, caplog):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    with locked(path):
+        pass
+    assert "has no locks" in caplog.text
+
+
 def test_where_nothing_can_be_written_nothing_is_locked(path, monkeypatch):
     def refuse(*args):
         raise PermissionError(errno.EACCES, "Permission denied")
