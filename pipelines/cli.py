@@ -8,12 +8,14 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from rlhf import interrupt
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
 
@@ -73,7 +75,7 @@ def keep_freed_memory() -> None:
 
 
 def main(stage: str, module: str, argv: list[str] | None = None, show: Callable[[Artifact], None] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, or 2 for bad input (one line on stderr).
+    """Run one stage; returns the exit code: 0, or after one line on stderr 2 (bad input), 143 (SIGTERM), 130 (SIGINT).
 
     Args:
         stage: name of the stage.
@@ -85,11 +87,16 @@ def main(stage: str, module: str, argv: list[str] | None = None, show: Callable[
     keep_freed_memory()
     try:
         args = parse(stage, argv)
-        artifact = _run(stage, module, args)
+        with interrupt.handled():
+            artifact = _run(stage, module, args)
         if artifact is not None and show is not None and int(os.environ.get("RANK", "0")) == 0:
             show(artifact)
     except UserError as error:
         return _fail(str(error))
+    except interrupt.Interrupted as stop:
+        name = signal.Signals(stop.number).name
+        _fail(f"{stage}: {stop}: run the same command again to continue", f"stopped by {name}")
+        return 128 + stop.number
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"{stage}: the disk is full ({error.filename or args.artifacts}): free space and run it again")
@@ -113,10 +120,10 @@ def _run(stage_name: str, module: str, args: argparse.Namespace) -> Artifact | N
     return run_stage(stage, recipe, Path(args.artifacts), args.run, args.force, args.dry_run)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, kind: str = "error") -> int:
     bars = sys.modules.get("tqdm.std")
     for bar in list(bars.tqdm._instances) if bars else []:
         bar.close()  # ends its line: the message begins one of its own
     if int(os.environ.get("RANK", "0")) == 0:
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+        print(f"{kind}: " + " ".join(message.split()), file=sys.stderr)
     return BAD_INPUT

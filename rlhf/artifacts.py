@@ -167,7 +167,7 @@ def finish(partial: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """
     files = hash_files(partial)
     for name in files:
-        _fsync(partial / name)
+        fsync(partial / name)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         **manifest,
@@ -187,7 +187,7 @@ def publish(partial: Path, final: Path) -> Artifact:
     if final.exists():
         os.replace(final, old)
     os.replace(partial, final)
-    _fsync(final.parent)
+    fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
     return Artifact.load(final)
 
@@ -203,7 +203,8 @@ def recover(final: Path) -> None:
         shutil.rmtree(old)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

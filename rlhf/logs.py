@@ -148,10 +148,6 @@ def trainer_callback(directory: Path) -> Any:
     unknown: set[str] = set()  # a library's new key must not end a training; it is left out, and said so once
 
     class JsonlCallback(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                rewind_rows(directory / "metrics.jsonl", "step", state.global_step)
-
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if state.is_world_process_zero and logs:
                 row = {"step": state.global_step} | {name_of(key): value for key, value in logs.items()}

@@ -14,7 +14,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -33,7 +32,7 @@ from rlhf.models import (
 )
 from rlhf.recipe import Architecture, Recipe
 from rlhf.stage import Stage, StageContext
-from rlhf.trainers import check_trainer_args, run_trainer, save_trained, trainer_args
+from rlhf.trainers import ExactResume, check_trainer_args, run_trainer, save_trained, trainer_args
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +133,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
     blocks = packed_blocks(texts, tokenizer, section.block_size, section.max_tokens)
     logger.info("pretrain: %d parameters, %d tokens", model.num_parameters(), blocks.size)
     rows = Dataset.from_dict({"input_ids": blocks, "labels": blocks})
-    trainer = Trainer(model, trainer_args(TrainingArguments, section.trainer, ctx), train_dataset=rows)
+    trainer = ExactResume(model, trainer_args(TrainingArguments, section.trainer, ctx), train_dataset=rows)
     metrics = run_trainer(trainer, ctx) | {"parameters": model.num_parameters(), "tokens": int(blocks.size)}
     save_trained(trainer, tokenizer, ctx, model, "causal")
     if trainer.accelerator.is_main_process:

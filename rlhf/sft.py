@@ -30,9 +30,13 @@ from rlhf.models import (
 from rlhf.recipe import Recipe
 from rlhf.sampling import Samples, fitting_rows, sample_responses
 from rlhf.stage import Stage, StageContext
-from rlhf.trainers import check_trainer_args, run_trainer, save_trained, trainer_args
+from rlhf.trainers import ExactResume, check_trainer_args, run_trainer, save_trained, trainer_args
 
 logger = logging.getLogger(__name__)
+
+
+class ExactSFTTrainer(ExactResume, SFTTrainer):
+    """TRL's, which resumes exactly."""
 
 
 def rendered_rows(rows: list[dict], renderer: Renderer, max_length: int, where: str) -> Dataset:
@@ -97,7 +101,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
     peft = lora_config(recipe.peft, "CAUSAL_LM") if recipe.uses_peft("sft") else None
     base = load_base(ctx)[0] if peft else model  # PEFT changes the model it is given
     args = trainer_args(SFTConfig, section.trainer, ctx, max_length=section.max_length, completion_only_loss=True)
-    trainer = SFTTrainer(
+    trainer = ExactSFTTrainer(
         model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, peft_config=peft
     )
     metrics = run_trainer(trainer, ctx)

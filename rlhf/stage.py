@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import metadata
@@ -38,6 +38,7 @@ from rlhf.artifacts import (
 )
 from rlhf.data import data_fingerprint, load_data_recipe
 from rlhf.errors import UserError
+from rlhf.locks import locked
 from rlhf.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -76,7 +77,17 @@ class Stage:
 
 @dataclass
 class StageContext:
-    """What a running stage knows. `dir` is the `.partial` folder that it writes into."""
+    """What a running stage knows.
+
+    Attributes:
+        stage, recipe: what runs.
+        root: the artifact directory.
+        run: folder of the run below it.
+        inputs: artifacts by the name that the recipe gives them.
+        fingerprint: of what is being built.
+        resumed: whether an interrupted attempt is continued.
+        continued: changes of process count, device, threads or packages between the attempts that made it.
+    """
 
     stage: Stage
     recipe: Recipe
@@ -85,6 +96,7 @@ class StageContext:
     inputs: dict[str, Artifact] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     resumed: bool = False
+    continued: list[str] = field(default_factory=list)
 
     @property
     def final(self) -> Path:
@@ -266,6 +278,14 @@ def run_stage(
     """
     ctx = StageContext(stage, recipe, Path(root), run or recipe.name)
     recipe.section(stage.name)
+    if dry_run:
+        return _run(ctx, force, dry_run)
+    with locked(ctx.final.with_name(f"{stage.name}.lock")) if is_main_process() else nullcontext():
+        return _run(ctx, force, dry_run)
+
+
+def _run(ctx: StageContext, force: bool, dry_run: bool) -> Artifact | None:
+    stage, recipe = ctx.stage, ctx.recipe
     if is_main_process() and not dry_run:
         recover(ctx.final)
     if not dry_run and "LOCAL_RANK" in os.environ:
@@ -299,6 +319,8 @@ def _process_state(recipe: Recipe) -> PartialState:
 
 
 def _build(ctx: StageContext, action: str) -> Artifact:
+    from accelerate.utils import set_seed
+
     started = time.perf_counter()
     state = _process_state(ctx.recipe)
     state.wait_for_everyone()
@@ -308,6 +330,7 @@ def _build(ctx: StageContext, action: str) -> Artifact:
         if state.is_main_process:
             _prepare_dir(ctx, action)
         state.wait_for_everyone()
+        set_seed(ctx.seed)  # some libraries draw initial weights before they seed anything
         result = ctx.stage.build(ctx)
         state.wait_for_everyone()
         if state.is_main_process:
@@ -326,29 +349,55 @@ def _report(ctx: StageContext, result: dict[str, Any], seconds: float) -> None:
 
 @contextmanager
 def nothing_half_written(ctx: StageContext, main: bool) -> Iterator[None]:
-    """On bad input or a full disk, leave `.partial` only where there is something to resume or to publish.
+    """On an error, leave `.partial` only where there is something to resume or to publish.
 
-    safetensors and torch.save report a full disk as errors of their own; they become the OSError that it is.
+    Libraries have errors of their own for a vanished input, a full disk or a read-only folder: said as what they are.
     """
     from safetensors import SafetensorError
 
     try:
         yield
-    except (UserError, OSError, RuntimeError, SafetensorError) as error:
-        full = "No space left" in str(error) or (ctx.root.exists() and shutil.disk_usage(ctx.root).free < FULL)
+    except (UserError, OSError, RuntimeError, ValueError, SafetensorError) as error:
         resumable = (ctx.dir / MANIFEST).is_file() or (ctx.checkpoints.is_dir() and any(ctx.checkpoints.iterdir()))
         if main and not resumable:
             shutil.rmtree(ctx.dir, ignore_errors=True)
-        if full and not isinstance(error, OSError):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(ctx.root)) from error
+        if isinstance(error, UserError):
+            raise
+        for artifact in ctx.inputs.values():
+            if not (artifact.path / MANIFEST).is_file():
+                raise UserError(
+                    f"{ctx.stage.name}: its input {artifact.path} vanished while it ran: put it back or redo it, then "
+                    f"run {ctx.stage.name} again{' to continue' if resumable else ''}"
+                ) from error
+        number = _disk_error(ctx, error)
+        if number and not isinstance(error, OSError):
+            raise OSError(number, os.strerror(number), str(ctx.root)) from error
         raise
 
 
+def _disk_error(ctx: StageContext, error: Exception) -> int | None:
+    """The errno that a library's error stands for."""
+    if "Permission denied" in str(error):
+        return errno.EACCES
+    if "Read-only file system" in str(error):
+        return errno.EROFS
+    full = "No space left" in str(error) or (ctx.root.exists() and shutil.disk_usage(ctx.root).free < FULL)
+    return errno.ENOSPC if full else None
+
+
+# What a resumed stage goes on with; everything else in `.partial` is written again.
+CONTINUES = (CHECKPOINTS, FINGERPRINT, "metrics.jsonl", "samples.jsonl", "tensorboard")
+
+
 def _prepare_dir(ctx: StageContext, action: str) -> None:
-    if action != "resume":
-        shutil.rmtree(ctx.dir, ignore_errors=True)
-        ctx.dir.mkdir(parents=True)
-        write_json(ctx.dir / FINGERPRINT, ctx.fingerprint)
+    if action == "resume" and ctx.checkpoints.is_dir():
+        for path in ctx.dir.iterdir():
+            if path.name not in CONTINUES:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return
+    shutil.rmtree(ctx.dir, ignore_errors=True)
+    ctx.dir.mkdir(parents=True)
+    write_json(ctx.dir / FINGERPRINT, ctx.fingerprint)
 
 
 def _manifest(ctx: StageContext, result: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -366,6 +415,7 @@ def _manifest(ctx: StageContext, result: dict[str, Any], seconds: float) -> dict
         "hardware": hardware(),
         "wall_seconds": round(seconds, 2),
         "peak_memory_gib": round(peak_memory_gib(), 3),
+        "continued": ctx.continued,
         **result,
     }
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
+import shutil
+import time
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -12,15 +15,20 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import DistributedType
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from rlhf.artifacts import write_json
+from rlhf.checkpoints import check_environment, environment, newest_whole, seal
 from rlhf.errors import UserError
+from rlhf.interrupt import Interrupted, finish_step_first, requested
 from rlhf.logs import trainer_callback
 from rlhf.models import check_saved, check_tensors, compute_dtype, load_model, save_model
 from rlhf.stage import StageContext
 from rlhf.yamlio import nearest
 
 logger = logging.getLogger(__name__)
+
+STATISTICS = "statistics.json"  # beside transformers' files in a checkpoint
 
 # Set from elsewhere in the recipe, or the contract of the artifact directory would not hold.
 RESERVED = {
@@ -45,7 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "gradient_checkpointing": False,
     "logging_steps": 10,
     "save_steps": 500,
-    "save_total_limit": 1,
+    "save_total_limit": 2,
     "max_grad_norm": 1.0,
     "dataloader_pin_memory": False,
     "ddp_find_unused_parameters": False,  # every trained weight takes part in every forward
@@ -99,20 +107,138 @@ def trainer_args(config_cls: type, values: dict[str, Any], ctx: StageContext, **
         raise UserError(f"{ctx.stage.name}.trainer: {config_cls.__name__} refuses it: {error}") from None
 
 
-def run_trainer(trainer: Trainer, ctx: StageContext) -> dict[str, float]:
-    """Train, from the newest whole checkpoint if there is one; metrics.jsonl on the way."""
+def run_trainer(trainer: ExactResume, ctx: StageContext) -> dict[str, float]:
+    """Train, from the newest whole checkpoint if there is one; metrics.jsonl on the way.
+
+    Raises:
+        UserError: the checkpoint is of another number of processes.
+        Interrupted: a signal came; a checkpoint is saved.
+    """
     from transformers import PrinterCallback, ProgressCallback
 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(progress_bar(ctx.stage.name))
     trainer.add_callback(trainer_callback(ctx.dir))
-    trainer.add_callback(whole_checkpoints())
-    checkpoint = newest_checkpoint(ctx.checkpoints)
+    trainer.add_callback(trainer.flow())
+    checkpoint = newest_whole(checkpoints(ctx.checkpoints))
     if checkpoint:
         logger.info("continuing from %s", checkpoint)
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        ctx.continued[:] = check_environment(checkpoint, environment(), ("processes",))
+    trainer.prepare_resume(ctx, checkpoint)
+    with finish_step_first():
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.stopped_by:
+            step, last = trainer.state.global_step, trainer.state.max_steps
+            raise Interrupted(trainer.stopped_by, f"step {step} of {last} is done and saved")
     return {key: float(value) for key, value in result.metrics.items() if key == "train_loss"}
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """transformers' checkpoint folders, oldest first."""
+    found = directory.glob("checkpoint-*") if directory.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+class ExactResume(Trainer):
+    """A Trainer (mixed in front of TRL's) whose resumed run is the uninterrupted one, bit by bit on CPU.
+
+    transformers restores weights, optimizer, schedule, generators and data order. It leaves out what is here: the loss
+    summed since the last log row and since the start, TRL's running metrics and token count, log rows after the
+    checkpoint, what was due at the end of an epoch; and a run resumed after its last step would take one more.
+    Checkpoints are sealed (`rlhf/checkpoints.py`), and older ones go only after that.
+    """
+
+    ctx: StageContext
+    earlier: dict[str, Any]
+    keep: int
+    began: float
+    stopped_by = 0
+
+    def prepare_resume(self, ctx: StageContext, checkpoint: Path | None) -> None:
+        """Read what `checkpoint` says of the run so far, and drop the log rows that came after it."""
+        self.ctx, self.began = ctx, time.time()
+        self.earlier = json.loads((checkpoint / STATISTICS).read_text(encoding="utf-8")) if checkpoint else {}
+        self.keep, self.args.save_total_limit = self.args.save_total_limit or 0, None
+        log = ctx.dir / "metrics.jsonl"
+        if self.accelerator.is_main_process and log.is_file():
+            os.truncate(log, self.earlier.get("log_bytes", 0))
+
+    def flow(self) -> TrainerCallback:
+        """Callback: restores the statistics; moves a save at the end of an epoch behind what else happens there;
+        ends the training on a signal."""
+        trainer = self
+
+        class Flow(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                trainer._restore_statistics()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                trainer.stopped_by = requested()
+                if trainer.stopped_by:
+                    control.should_save = control.should_training_stop = True
+                self.last = state.epoch == int(state.epoch) or state.global_step >= state.max_steps
+                self.later = self.last and control.should_save
+                if self.later:
+                    control.should_save = False
+
+            def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if self.later:
+                    control.should_save = True
+                if not self.last:  # a signal ended it
+                    control.should_log = control.should_evaluate = control.should_save = False
+
+        return Flow()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        return super()._finalize_training(trial, num_train_samples, start_time - self.earlier.get("seconds", 0.0))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        statistics = self._statistics()
+        self.accelerator.wait_for_everyone()  # every rank has written its share
+        if self.accelerator.is_main_process:
+            directory = self.ctx.checkpoints / f"checkpoint-{self.state.global_step}"
+            write_json(directory / STATISTICS, statistics)
+            seal(directory, environment(), self.ctx.continued)
+            self._rotate()
+        self.accelerator.wait_for_everyone()
+
+    def _rotate(self) -> None:
+        best = self.state.best_model_checkpoint
+        for old in checkpoints(self.ctx.checkpoints)[: -self.keep] if self.keep else []:
+            if best is None or not old.samefile(best):
+                shutil.rmtree(old)
+
+    def _statistics(self) -> dict[str, Any]:
+        log = self.ctx.dir / "metrics.jsonl"
+        return {
+            "loss": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),  # each rank has its own
+            "total_loss": float(self._total_loss_scalar),
+            "last_logged": self._globalstep_last_logged,
+            "metrics": {k: [float(x) for x in values] for k, values in self._trl_metrics().items()},
+            "tokens": getattr(self, "_total_train_tokens", 0),
+            "training": self.model.training,  # TRL names what it logs by it
+            "log_bytes": log.stat().st_size if log.is_file() else 0,
+            "seconds": self.earlier.get("seconds", 0.0) + time.time() - self.began,
+        }
+
+    def _restore_statistics(self) -> None:
+        if not self.earlier:
+            return
+        self._tr_loss.fill_(self.earlier["loss"][self.accelerator.process_index])
+        self._total_loss_scalar, self._globalstep_last_logged = self.earlier["total_loss"], self.earlier["last_logged"]
+        self._initial_global_step = 0  # train_loss is the mean over the whole run
+        self._trl_metrics().update(self.earlier["metrics"])
+        self._total_train_tokens = self.earlier["tokens"]
+        self.model.train(self.earlier["training"])
+
+    def _trl_metrics(self) -> dict[str, list[float]]:
+        return getattr(self, "_metrics", {"train": {}})["train"]
 
 
 def progress_bar(stage: str) -> Any:
@@ -131,27 +257,6 @@ def progress_bar(stage: str) -> Any:
                 self.training_bar.set_postfix_str(", ".join(shown))
 
     return Bar()
-
-
-WHOLE = "whole"  # marker file: transformers writes a checkpoint's files one by one
-
-
-def whole_checkpoints() -> Any:
-    """Callback that marks a checkpoint once all its files are there."""
-    from transformers import TrainerCallback
-
-    class MarkWhole(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
-
-    return MarkWhole()
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    found = [path for path in directory.glob("checkpoint-*") if (path / WHOLE).is_file()] if directory.is_dir() else []
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
 def save_trained(

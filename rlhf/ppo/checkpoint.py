@@ -1,15 +1,15 @@
 """Training state of PPO on disk: whole or not there.
 
-A checkpoint is written beside its place and renamed; the newest whole one is loaded. Accelerate saves models, optimiser
-and the generators of every rank, in DDP as in FSDP; counters and controllers are JSON. The best policy so far is a
-file of its own, named by its step.
+A checkpoint holds, per rank, one file that `torch.load(weights_only=True)` reads: trained weights and Adam's moments as
+that rank holds them (where they are not sharded, in rank 0's file alone) and the global random generators. Counters and
+controllers are JSON. It is written beside its place, sealed (`rlhf/checkpoints.py`) and renamed. The best policy so far
+is a folder of its own, named by its step.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlhf.artifacts import write_json
+from rlhf.checkpoints import (
+    check_environment,
+    damage,
+    environment,
+    newest_whole,
+    random_state,
+    replace_dir,
+    restore_random_state,
+    seal,
+)
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PPOTrainer
 
 logger = logging.getLogger(__name__)
 
-STATE = "trainer.json"
+STATE, WEIGHTS = "trainer.json", "weights.pt"
 
 
 def trainable_state(model: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
@@ -36,67 +47,163 @@ def trainable_state(model: nn.Module, accelerator: Accelerator) -> dict[str, Ten
 
 
 class Checkpointer:
-    """Saves and loads below `directory`."""
+    """Saves and loads below `directory`.
 
-    def __init__(self, directory: Path, accelerator: Accelerator, keep: int = 1) -> None:
+    Args:
+        directory: `checkpoints/` of the stage.
+        accelerator: of the trainer.
+        keep: number of checkpoints that stay.
+        continued: filled with the changes of the environment that a resumed run went through.
+    """
+
+    def __init__(
+        self, directory: Path, accelerator: Accelerator, keep: int = 2, continued: list[str] | None = None
+    ) -> None:
         self.directory, self.accelerator, self.keep = directory, accelerator, keep
+        self.continued = [] if continued is None else continued
 
     def save(self, trainer: PPOTrainer) -> None:
-        """Write a checkpoint of this ppo_step and drop the ones before it."""
+        """Write a checkpoint of this ppo_step and drop old ones. Every rank calls this."""
         final = self.directory / f"step_{trainer.ppo_step:06d}"
-        tmp = final.with_name(final.name + ".tmp")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(tmp))
+        tmp = self._new(final)
+        state = {"random": random_state()}
+        if self.accelerator.is_main_process or _sharded(trainer):
+            state |= {"weights": _weights(trainer), "optimizer": _moments(trainer)}
+        torch.save(state, tmp / _rank_file(self.accelerator.process_index))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_json(tmp / STATE, trainer.state_dict())
-            os.replace(tmp, final)
+            seal(tmp, environment(sharded=_sharded(trainer)), self.continued)
+            replace_dir(tmp, final)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(old)
             self._prune_best(trainer)
         self.accelerator.wait_for_everyone()
 
     def steps(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
+        """Checkpoints, oldest first."""
         found = self.directory.glob("step_*") if self.directory.is_dir() else []
         return sorted(path for path in found if path.suffix != ".tmp")
 
     def load(self, trainer: PPOTrainer) -> dict[str, Any] | None:
-        """Restore weights, optimiser and generators of the newest checkpoint; returns the trainer's own state."""
-        steps = self.steps()
-        if not steps:
+        """Restore weights, optimizer and generators of the newest whole checkpoint; returns the trainer's own state.
+
+        Raises:
+            UserError: it was written by another number of processes, and its weights are sharded.
+        """
+        path = newest_whole(self.steps(), self._damage)
+        if path is None:
             return None
-        logger.info("loading checkpoint %s", steps[-1])
-        self.accelerator.load_state(str(steps[-1]))
-        return json.loads((steps[-1] / STATE).read_text(encoding="utf-8"))
+        logger.info("loading checkpoint %s", path)
+        sharded = _sharded(trainer)
+        now = environment(sharded=sharded)
+        self.continued[:] = check_environment(path, now, ("sharded", "processes") if sharded else ("sharded",))
+        own = path / _rank_file(self.accelerator.process_index)
+        state = torch.load(own if sharded else path / _rank_file(0), map_location="cpu", weights_only=True, mmap=True)
+        _restore(trainer, state["weights"], state["optimizer"])
+        if own.is_file():  # not for a rank that there was none of
+            restore_random_state(torch.load(own, map_location="cpu", weights_only=True, mmap=True)["random"])
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
 
     def save_best(self, trainer: PPOTrainer) -> None:
-        """Write the trained weights of this step; the one that the last checkpoint names is kept beside it."""
+        """Write the trained weights of this step; those that a checkpoint names are kept beside them."""
         state = trainable_state(trainer.model, self.accelerator)
+        final = self._best(trainer.ppo_step)
+        tmp = self._new(final)
         if self.accelerator.is_main_process:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            path = self._best(trainer.ppo_step)
-            tmp = path.with_suffix(".tmp")
-            torch.save(state, tmp)
-            os.replace(tmp, path)
-            if not self.steps():
-                self._prune_best(trainer)
+            torch.save(state, tmp / WEIGHTS)
+            seal(tmp, environment())
+            replace_dir(tmp, final)
+            self._prune_best(trainer)
         self.accelerator.wait_for_everyone()
 
     def best_state(self, trainer: PPOTrainer) -> dict[str, Tensor]:
         """Trained tensors of the step to publish, on rank 0: the best one, or the last where none is tracked."""
         if trainer.best is None:
             return trainable_state(trainer.model, self.accelerator)
-        return torch.load(self._best(trainer.best[1]), map_location="cpu", weights_only=True)
+        return torch.load(self._best(trainer.best[1]) / WEIGHTS, map_location="cpu", weights_only=True)
+
+    def _new(self, final: Path) -> Path:
+        """An empty folder beside `final`, on every rank."""
+        tmp = final.with_name(final.name + ".tmp")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        return tmp
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint, or with the best weights that it names."""
+        wrong = damage(checkpoint)
+        if wrong is not None:
+            return wrong
+        best = self._best_of(checkpoint)
+        wrong = damage(best) if best else None
+        return f"its best step, {best}: {wrong}" if wrong else None
 
     def _best(self, step: int) -> Path:
-        return self.directory / f"best_{step:06d}.pt"
+        return self.directory / f"best_{step:06d}"
+
+    def _best_of(self, checkpoint: Path) -> Path | None:
+        best = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["best"]
+        return self._best(best[1]) if best else None
 
     def _prune_best(self, trainer: PPOTrainer) -> None:
-        current = self._best(trainer.best[1]) if trainer.best else None
-        for path in self.directory.glob("best_*.pt"):
-            if path != current:
-                path.unlink()
+        needed = [self._best_of(path) for path in self.steps()]
+        needed += [self._best(trainer.best[1])] if trainer.best else []
+        for path in self.directory.glob("best_*"):
+            if path not in needed:
+                shutil.rmtree(path)
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.pt"
+
+
+def _sharded(trainer: PPOTrainer) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in trainer.parameters)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _names(trainer: PPOTrainer) -> list[str]:
+    """Names of the optimizer's parameters, in its order."""
+    named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    return [name for name, parameter in named if parameter.requires_grad]
+
+
+def _weights(trainer: PPOTrainer) -> dict[str, Tensor]:
+    return {name: _local(p.detach()) for name, p in zip(_names(trainer), trainer.parameters, strict=True)}
+
+
+def _moments(trainer: PPOTrainer) -> dict[str, dict[str, Tensor]]:
+    """Adam's state by parameter; a parameter that was never updated has none."""
+    state = trainer.optimizer.state
+    return {
+        name: {key: _local(value) for key, value in state[parameter].items()}
+        for name, parameter in zip(_names(trainer), trainer.parameters, strict=True)
+        if parameter in state
+    }
+
+
+@torch.no_grad()
+def _restore(trainer: PPOTrainer, weights: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> None:
+    """Copy weights in place and hand Adam its state."""
+    names, state = _names(trainer), {}
+    for index, (name, parameter) in enumerate(zip(names, trainer.parameters, strict=True)):
+        _local(parameter).copy_(weights[name])
+        if name in moments:
+            state[index] = {key: _like(parameter, value) for key, value in moments[name].items()}
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _like(parameter: Tensor, local: Tensor) -> Tensor:
+    """A moment, sharded as its parameter is. The step count has no dimension and stays as it is."""
+    if local.ndim == 0 or not isinstance(parameter, DTensor):
+        return local.clone()  # not a window into the file
+    moment = torch.zeros_like(parameter)
+    _local(moment).copy_(local)
+    return moment

@@ -16,6 +16,7 @@ from rlhf.cards import write_card
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.errors import UserError
 from rlhf.functions import load_function, source_hashes
+from rlhf.interrupt import finish_step_first
 from rlhf.logs import MetricsWriter, check_trackers
 from rlhf.metrics import PPO
 from rlhf.models import check_position_limit, compile_blocks, compute_dtype, load_tokenizer, tokenizer_identity
@@ -121,7 +122,8 @@ def build(ctx: StageContext) -> dict[str, Any]:
     """Train and publish; see `Stage.build`."""
     tokenizer = load_tokenizer(ctx.inputs["sft"].model_dir)
     trainer = build_trainer(ctx, tokenizer)
-    trainer.train()
+    with finish_step_first():
+        trainer.train()
     trainer.writer.close()
     return _publish(ctx, trainer, tokenizer)
 
@@ -178,7 +180,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         seed=ctx.seed,
         accelerator=accelerator,
         writer=writer,
-        checkpointer=Checkpointer(ctx.checkpoints, accelerator),
+        checkpointer=Checkpointer(ctx.checkpoints, accelerator, config.keep_checkpoints, ctx.continued),
     )
 
 

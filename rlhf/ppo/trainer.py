@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rlhf.interrupt import Interrupted, requested
 from rlhf.logs import MetricsWriter
 from rlhf.models import Outputs
 from rlhf.ppo.advantages import gae, kl_penalty, token_rewards
@@ -141,8 +142,11 @@ class PPOTrainer:
             self.last_metrics = {key: value for key, value in metrics.items() if not key.startswith("perf/")}
             sampled = self.ppo_step == 1 or self._due(self.config.sample_every)
             self.writer.write_samples(self.ppo_step, rollout if sampled else None, fixed)
-            if self._due(self.config.checkpoint_every or self.config.total_steps):
+            signal = requested()
+            if signal or self._due(self.config.checkpoint_every or self.config.total_steps):
                 self.checkpointer.save(self)
+            if signal:
+                raise Interrupted(signal, f"ppo_step {self.ppo_step} of {self.config.total_steps} is done and saved")
 
     def _due(self, every: int | None) -> bool:
         """Whether something that happens every so many ppo_steps happens now; at the end it does in any case."""

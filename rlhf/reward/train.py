@@ -28,9 +28,13 @@ from rlhf.reward.baselines import length_baseline, tfidf_baseline
 from rlhf.sampling import fitting_rows, score_sequences
 from rlhf.sft import sample_published
 from rlhf.stage import Stage, StageContext
-from rlhf.trainers import check_trainer_args, run_trainer, save_trained, trainer_args
+from rlhf.trainers import ExactResume, check_trainer_args, run_trainer, save_trained, trainer_args
 
 logger = logging.getLogger(__name__)
+
+
+class ExactRewardTrainer(ExactResume, RewardTrainer):
+    """TRL's, which resumes exactly."""
 
 
 def rendered_pairs(rows: list[dict], renderer: Renderer, max_length: int, where: str) -> tuple[Dataset, list[dict]]:
@@ -76,7 +80,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
     test, test_rows = rendered_pairs(test_rows, renderer, section.max_length, "reward eval")
     peft = lora_config(recipe.peft, "SEQ_CLS") if recipe.uses_peft("reward") else None
     args = trainer_args(RewardConfig, section.trainer, ctx, max_length=None)  # longer pairs are gone already
-    trainer = RewardTrainer(
+    trainer = ExactRewardTrainer(
         new_reward_model(sft_dir, ctx.seed),
         args=args,
         train_dataset=train,

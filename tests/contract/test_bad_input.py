@@ -532,7 +532,7 @@ def test_disk_full_at_the_end_costs_no_training(here, monkeypatch, capsys):
     assert main("sft", MODULES["sft"], argv) == 2
     check_line(capsys.readouterr().err, ("disk is full", "free space"))
     assert Artifact.load("artifacts/toy/sft").manifest == old
-    assert Path("artifacts/toy/sft.partial/checkpoints/checkpoint-1/whole").is_file()
+    assert Path("artifacts/toy/sft.partial/checkpoints/checkpoint-1/checkpoint.json").is_file()
     monkeypatch.undo()
     monkeypatch.chdir(here)
     monkeypatch.setattr("transformers.Trainer.training_step", None)  # nothing is trained again

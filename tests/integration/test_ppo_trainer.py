@@ -379,10 +379,12 @@ def test_an_unfinished_checkpoint_is_not_loaded(tmp_path):
     ctx = toy_context(tmp_path, ppo=FOUR_STEPS | {"checkpoint_every": 1})
     trainer = trainer_of(ctx)
     trainer.train()
-    (whole,) = trainer.checkpointer.steps()  # older ones are gone
-    assert whole.name == "step_000004"
+    before, whole = trainer.checkpointer.steps()  # older ones are gone
+    assert (before.name, whole.name) == ("step_000003", "step_000004")
     whole.rename(whole.with_name("step_000004.tmp"))
-    assert trainer.checkpointer.steps() == [] and trainer_of(ctx).checkpointer.load(trainer) is None
+    assert trainer_of(ctx).checkpointer.load(trainer)["ppo_step"] == 3
+    (before / "checkpoint.json").unlink()
+    assert trainer_of(ctx).checkpointer.load(trainer) is None
 
 
 SAVE = Checkpointer.save

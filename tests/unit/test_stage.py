@@ -1,8 +1,11 @@
 """run_stage: skip, rebuild, force, resume, refuse, warn, describe; and who writes."""
 
+import errno
 import json
 import logging
 import os
+import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,12 +219,67 @@ def test_an_interrupted_stage_resumes_where_it_was(root, recipe):
     toy = Toy()
     interrupt(toy, recipe, root)
     assert names(root / "toy") == ["sft.partial"]
-    marker = root / "toy" / "sft.partial" / "notes"
-    marker.write_text("of the first attempt")
+    partial = root / "toy" / "sft.partial"
+    (partial / "metrics.jsonl").write_text("of the first attempt")
+    (partial / "manifest.json.tmp").write_text("half a man")  # killed while it was written
     artifact = run_stage(toy.stage, recipe, root)
     assert toy.built == [False, True]
-    assert (artifact.path / "notes").read_text() == "of the first attempt"
+    assert (artifact.path / "metrics.jsonl").read_text() == "of the first attempt"
+    assert sorted(artifact.manifest["files"]) == ["metrics.jsonl", "model/weights.bin"]
     assert names(root / "toy") == ["sft"]
+
+
+def test_an_interrupted_stage_without_a_checkpoint_starts_clean(root, recipe):
+    """The evaluate stage has none; rows that it appends must not be there twice."""
+    toy = Toy()
+    interrupt(toy, recipe, root)
+    partial = root / "toy" / "sft.partial"
+    shutil.rmtree(partial / "checkpoints")
+    (partial / "samples.jsonl").write_text("a row")
+    artifact = run_stage(toy.stage, recipe, root)
+    assert sorted(artifact.manifest["files"]) == ["model/weights.bin"]
+
+
+def test_while_a_stage_runs_a_second_one_is_refused(root, recipe, monkeypatch):
+    toy = Toy()
+    refused = []
+
+    def build(ctx):
+        with pytest.raises(UserError) as error:
+            run_stage(Toy().stage, recipe, root)
+        refused.append(str(error.value))
+        return {}
+
+    assert run_stage(replace(toy.stage, build=build), recipe, root)
+    assert len(refused) == 1 and f"process {os.getpid()} on {socket.gethostname()} is building it" in refused[0]
+    assert names(root / "toy") == ["sft"]
+
+
+def test_an_input_that_vanishes_while_the_stage_runs_is_named(root, recipe):
+    run_stage(Toy().stage, recipe, root)
+    toy = Toy("reward", inputs=("sft",))
+
+    def build(ctx):
+        (ctx.checkpoints / "step_1").mkdir(parents=True)
+        (ctx.checkpoints / "step_1" / "state").write_text("state")
+        shutil.rmtree(ctx.inputs["sft"].path)
+        (ctx.inputs["sft"].model_dir / "weights.bin").read_text()
+
+    with pytest.raises(UserError, match=r"reward: its input .*toy/sft vanished .* run reward again to continue"):
+        run_stage(replace(toy.stage, build=build), recipe, root)
+    assert (root / "toy" / "reward.partial" / "checkpoints" / "step_1" / "state").read_text() == "state"
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [("I/O error: Permission denied (os error 13)", errno.EACCES), ("Read-only file system", errno.EROFS)],
+)
+def test_a_library_s_error_of_a_read_only_folder_becomes_what_it_is(root, recipe, words, number):
+    toy = Toy()
+    toy.wrong = RuntimeError(words)
+    with pytest.raises(OSError) as error:
+        run_stage(toy.stage, recipe, root)
+    assert error.value.errno == number
 
 
 def test_a_partial_of_another_recipe_is_refused_and_force_discards_it(root, recipe):

@@ -1,0 +1,100 @@
+"""SIGTERM and SIGINT: kept while a step runs, at once elsewhere; the second one ends the process."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from pipelines import cli
+from rlhf import interrupt
+from rlhf.interrupt import Interrupted, finish_step_first, handled, requested
+
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+def send(number: int) -> None:
+    """To this process; Python runs the handler before the next line."""
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_outside_training_it_stops_at_once(number):
+    with pytest.raises(Interrupted) as stop, handled():
+        send(number)
+        pytest.fail("went on")
+    assert stop.value.number == number
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_within_training_it_waits_for_the_question(number):
+    asked = []
+    with pytest.raises(Interrupted), handled(), finish_step_first():
+        asked.append(requested())
+        send(number)
+        asked.append(requested())
+    assert asked == [0, number]
+
+
+def test_it_is_no_error_that_handlers_of_errors_could_swallow():
+    assert not issubclass(Interrupted, Exception)
+
+
+def test_handlers_and_notes_are_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted), handled():
+        send(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    with handled(), finish_step_first():
+        assert requested() == 0  # the last run's is forgotten
+
+
+def exit_code(what) -> int:
+    pid = os.fork()
+    if not pid:
+        try:
+            what()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS.items())
+def test_the_second_one_ends_the_process(number, code):
+    def twice():
+        with handled(), finish_step_first():
+            send(signal.SIGINT)
+            send(number)
+
+    assert exit_code(twice) == code
+
+
+def test_torchrun_s_echo_of_a_signal_is_not_a_second_one(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    now = [100.0]
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
+    with pytest.raises(Interrupted), handled(), finish_step_first():
+        send(signal.SIGINT)
+        send(signal.SIGINT)  # from the terminal and from the launcher
+        assert requested() == signal.SIGINT
+
+    def later():
+        with handled(), finish_step_first():
+            send(signal.SIGINT)
+            now[0] += interrupt.ECHO + 0.1
+            send(signal.SIGINT)
+
+    assert exit_code(later) == 130
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS.items())
+def test_the_entry_point_says_how_to_continue(monkeypatch, capsys, number, code):
+    def run(*args):
+        send(number)
+        time.sleep(1)
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main("ppo", "rlhf.ppo.stage", []) == code
+    said = capsys.readouterr().err.splitlines()
+    name = signal.Signals(number).name
+    assert said == [f"stopped by {name}: ppo: no training step was running: run the same command again to continue"]
