@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,6 +25,12 @@ class Section(BaseModel):
     """Strict base: an unknown key or a wrong type is an error, and a loaded recipe does not change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    # Fields that can end a run but never change what a finished one gives: raising one must not forbid to continue.
+    only_stops: ClassVar[frozenset[str]] = frozenset()
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result of a stage, as plain data, for fingerprints."""
+        return self.model_dump(mode="json", exclude=set(self.only_stops))
 
 
 class ModelSection(Section):
@@ -157,6 +163,8 @@ class AlertsSection(Section):
 
 class PPOSection(Section):
     """PPO. Sizes are global, in episodes; lengths in tokens; KL in nats."""
+
+    only_stops: ClassVar[frozenset[str]] = frozenset({"max_bad_updates", "reward_timeout"})
 
     data: str = Field(description="Data recipe of prompts.")
     split: str = Field("train", description="Prompts to train on.")

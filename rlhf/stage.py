@@ -123,7 +123,7 @@ def is_main_process() -> bool:
 def fingerprint(stage: Stage, ctx: StageContext) -> dict[str, Any]:
     """Everything that decides what the stage produces, and nothing else."""
     recipe = ctx.recipe
-    section = recipe.section(stage.name).model_dump(mode="json")
+    section = recipe.section(stage.name).identity()
     peft = recipe.peft.model_dump(mode="json") if recipe.uses_peft(stage.name) and recipe.peft else None
     return {
         "stage": stage.name,
@@ -220,7 +220,7 @@ def stale_inputs(ctx: StageContext) -> list[str]:
         recorded, section = artifact.manifest["fingerprint"], getattr(ctx.recipe, reference, None)
         if section is None:  # built by another recipe of this run
             continue
-        changed = differences(recorded["section"], section.model_dump(mode="json"))
+        changed = differences(recorded["section"], section.identity())
         changed += differences(recorded["model"], ctx.recipe.model.model_dump(mode="json"), "model")
         if changed:
             stale.append(f"{reference} ({'; '.join(changed[:3])})")

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from rlhf.errors import UserError
 from rlhf.ppo.guards import bad_update, not_finite
 from rlhf.ppo.kl_control import AdaptiveKL
 from tests.integration.test_two_processes import free_port
-from tests.ppo_toys import first_rollout, rows_of, toy_trainer, weights
+from tests.ppo_toys import first_rollout, rows_of, toy_context, toy_trainer, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"rollout_batch_size": 4, "mini_batch_size": 2, "num_ppo_epochs": 2, "learning_rate": 1e-2}
@@ -197,50 +198,61 @@ def test_an_overflowing_ratio_alone_is_no_harm():
 # ------------------------------------------------------------------------------------------------------- two processes
 WORKER = """
 import sys
+from pathlib import Path
 import torch
-from tests.ppo_toys import toy_trainer, weights
-from tests.integration.test_guards import SIZES
+from accelerate import PartialState
 from accelerate.utils import gather_object
+from rlhf.errors import UserError
+from rlhf.ppo import stage as ppo_stage
+from rlhf.ppo.rewards import FunctionScore
+from rlhf.recipe import load_recipe
+from rlhf.stage import StageContext, load_inputs
+from tests.ppo_toys import first_rollout, trainer_of, weights
 
 torch.set_num_threads(1)
-from pathlib import Path
-from accelerate import PartialState
-state = PartialState(cpu=True)
-trainer = toy_trainer(Path(sys.argv[1]) / str(state.process_index), ppo=SIZES | {"max_bad_updates": 9})
+state, root = PartialState(cpu=True), Path(sys.argv[1])
+ctx = StageContext(ppo_stage.STAGE, load_recipe(str(root / "toy.yaml")), root, "toy")
+load_inputs(ctx)
+trainer = trainer_of(ctx)
 losses, seen = trainer._losses, []
 
 def bad(*args):
     loss, parts = losses(*args)
     seen.append(None)
-    spoiled = state.process_index == 1 and len(seen) == 2
-    return (loss * float("nan"), parts) if spoiled else (loss, parts)
+    return (loss * float("nan"), parts) if state.process_index == 1 and len(seen) == 2 else (loss, parts)
 
 trainer._losses = bad
 metrics, _ = trainer.step()
 same = gather_object([{name: value.double().sum().item() for name, value in weights(trainer).items()}])
+
+def fails_on_one(prompts, responses):
+    if state.process_index == 1:
+        raise KeyError("no such answer")
+    return [0.0] * len(prompts)
+
+trainer.rewards = [FunctionScore("rule", 1.0, fails_on_one)]
+try:
+    first_rollout(trainer)
+    said = ["nothing"]
+except UserError as error:
+    said = [str(error)]
+said = gather_object(said)
 if state.is_main_process:
-    print("skipped", metrics["policy/bad_updates"], "of", len(seen), "equal", same[0] == same[1])
+    print("skipped", metrics["policy/bad_updates"], "equal", same[0] == same[1])
     print("finite", all(v == v for v in same[0].values()))
+    print("said", said[0] == said[1], said[0])
 """
 
 
-def test_one_bad_rank_stops_the_update_on_all(tmp_path):
-    """Rank 1 alone has a NaN in the loss of its second micro-batch."""
+def test_one_bad_rank_is_answered_by_all(tmp_path):
+    """Rank 1 alone has a NaN in the loss of one micro-batch, and then a reward function that raises."""
+    toy_context(tmp_path, ppo=SIZES | {"max_bad_updates": 9})
     script = tmp_path / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), str(script), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"skipped 1 of \d+ equal True", done.stdout), done.stdout
-    assert "finite True" in done.stdout
+    assert "skipped 1 equal True" in done.stdout and "finite True" in done.stdout, done.stdout
+    assert re.search(r"said True function .*fails_on_one: raised KeyError: 'no such answer' \(worker.py", done.stdout)
