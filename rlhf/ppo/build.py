@@ -77,8 +77,8 @@ def critic_source(ctx: StageContext) -> Artifact | None:
     """The reward artifact that the critic starts from; None = the SFT model with a fresh head."""
     if ctx.recipe.ppo.critic_init == "sft":
         return None
-    artifacts = [source for source in ctx.recipe.ppo.rewards if source.artifact]
-    return ctx.inputs[max(artifacts, key=lambda source: source.weight != 0).artifact]  # the first that is no judge
+    sources = sorted(ctx.recipe.ppo.rewards, key=lambda source: source.weight == 0)  # judges last
+    return next(ctx.inputs[source.artifact] for source in sources if source.artifact)
 
 
 def _build_critic(ctx: StageContext) -> PreTrainedModel:
