@@ -54,7 +54,7 @@ def test_pickled_weights_are_refused_and_not_read(base, tmp_path, kind):
     (base / "model.safetensors").unlink()
     mark = tmp_path / "mark"
     (base / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
-    with pytest.raises(UserError, match="pickled weights.*convert it to safetensors"):
+    with pytest.raises(UserError, match=r"pickled weights.*convert it to safetensors"):
         load_model(base, kind)
     assert not mark.exists()
     pickle.loads((base / "pytorch_model.bin").read_bytes())

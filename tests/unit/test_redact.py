@@ -39,8 +39,8 @@ def test_text(text, expected):
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "hub_token", "DB_PASSWORD",
-     "CLIENT_SECRET", "GOOGLE_CREDENTIALS", "PGPASSWORD", "PASSWORD"],
+    ["HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "hub_token",
+     "DB_PASSWORD", "CLIENT_SECRET", "GOOGLE_CREDENTIALS", "PGPASSWORD", "PASSWORD"],
 )  # fmt: skip
 def test_names_of_secrets(name):
     assert is_secret_name(name)
