@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -195,9 +196,78 @@ def test_an_overflowing_ratio_alone_is_no_harm():
     assert bad_update(fine | {"loss/value_avg": NAN}) == {"loss/value_avg": 1}
 
 
+# ----------------------------------------------------------------------------------------- alerts and reward functions
+def test_an_alert_may_end_the_run(tmp_path, monkeypatch):
+    ppo = SIZES | {"total_episodes": 40, "alerts": {"stop": ["eos_rate"]}}
+    trainer = toy_trainer(tmp_path, ppo=ppo)
+    rollout = trainer.rollout
+
+    def never_ends(prompts, stream, step):
+        made = rollout(prompts, stream, step)
+        made.finished[:] = step == 0
+        return made
+
+    monkeypatch.setattr(trainer, "rollout", never_ends)
+    trainer.train()
+    rows = rows_of(trainer.writer.directory / "metrics.jsonl")
+    assert [row["alerts/eos_rate"] for row in rows] == [0, 0, 0, 0, 1]  # 0.8 ** 4 is the first below one half
+    assert trainer.stopped.startswith("alerts/eos_rate fired") and trainer.alerts.begun["eos_rate"] == 5
+    again = toy_trainer(tmp_path, ppo=ppo)
+    again.restore()
+    assert again.alerts.state_dict() == trainer.alerts.state_dict() and again.stopped == trainer.stopped
+
+
+@pytest.mark.parametrize("how", ["sum", "mean", "min"])
+def test_a_source_of_weight_0_is_measured_and_changes_nothing(tmp_path, how):
+    rewards = [{"artifact": "reward"}]
+    judge = {"function": "tests.ppo_toys:length_in_words", "weight": 0.0}
+    plain = toy_trainer(tmp_path, ppo=SIZES | {"reward_aggregation": how, "rewards": rewards})
+    judged = toy_trainer(tmp_path, ppo=SIZES | {"reward_aggregation": how, "rewards": [judge, *rewards]})
+    one, (other, rollout) = plain.step()[0], judged.step()
+    assert equal(weights(plain), weights(judged)) and one["objective/scores"] == other["objective/scores"]
+    lengths = [float(len(text.split())) for text in rollout.responses]
+    assert other["objective/scores/length_in_words"] == pytest.approx(sum(lengths) / 4)
+    mean, std = judged._judges(rollout)["length_in_words"]
+    assert (mean, std) == (pytest.approx(sum(lengths) / 4), pytest.approx(spread(lengths)))
+
+
+def spread(values):
+    mean = sum(values) / len(values)
+    return (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("returned", "line"),
+    [
+        ("raise", "raised ZeroDivisionError: division by zero (test_guards.py line"),
+        ("hang", "no answer within 0.3 seconds, 4 prompts, the first is 'the film"),
+        ([0.0, 0.0, math.nan, 0.0], "value 2 is nan, for prompt 'the film"),
+        ([0.0], "returned 1 values for 4 prompts"),
+        ("text", "returned a str for 4 prompts, the first is 'the film"),
+    ],
+)
+def test_a_reward_function_that_fails_leaves_the_checkpoint_before_it(tmp_path, returned, line):
+    ppo = {"critic_init": "sft", "rewards": [{"function": "tests.ppo_toys:share_of_e"}], "checkpoint_every": 1}
+    trainer = toy_trainer(tmp_path, ppo=SIZES | ppo | {"total_episodes": 16, "reward_timeout": 0.3})
+
+    def fails_in_step_3(prompts, responses):
+        if trainer.ppo_step < 2:
+            return [0.0] * len(prompts)
+        if returned == "raise":
+            return [1 / 0]
+        return time.sleep(60) if returned == "hang" else returned
+
+    trainer.rewards[0].function = fails_in_step_3
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    assert line in str(error.value) and "fails_in_step_3" in str(error.value) and "\n" not in str(error.value)
+    assert [path.name for path in trainer.checkpointer.steps()] == ["step_000002"]
+
+
 # ------------------------------------------------------------------------------------------------------- two processes
 WORKER = """
 import sys
+import time
 from pathlib import Path
 import torch
 from accelerate import PartialState
