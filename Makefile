@@ -31,7 +31,7 @@ COMMON = --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(RUN),--run "$(RU
 STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 
-.PHONY: help setup pretrain sft reward ppo evaluate status notebook test test-slow test-gpu check format bench-env clean
+.PHONY: help setup pretrain sft reward ppo evaluate status notebook test test-slow test-gpu audit check format bench-env clean
 
 help: ## list the targets
 	@echo 'make sft reward ppo    runs the default recipe end to end. Variables:'
@@ -87,6 +87,10 @@ test-slow: $(STAMP) ## the tests that take minutes
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m gpu tests/gpu
+
+audit: $(STAMP) ## known vulnerabilities of the pinned packages (asks PyPI's advisory service; --strict: no answer is a failure)
+	@$(PY) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[audit]"
+	@$(PY) -m pip_audit --requirement $(CONSTRAINTS) --no-deps --disable-pip --strict
 
 format: $(STAMP) ## rewrite the code in the project's style
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .

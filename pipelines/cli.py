@@ -10,14 +10,17 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 from rlhf import interrupt
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
+from rlhf.redact import RedactingFormatter, redact
 
 BAD_INPUT = 2
 OPTIONAL = ("pretrain", "evaluate")  # `make sft` and `make ppo` call these for every recipe
@@ -52,12 +55,20 @@ def setup_logging() -> None:
     out, err = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     out.addFilter(lambda record: record.levelno < logging.WARNING)
     err.setLevel(logging.WARNING)
-    logging.basicConfig(format="%(message)s", handlers=[out, err], level=logging.WARNING)
+    for handler in (out, err):
+        handler.setFormatter(RedactingFormatter("%(message)s"))
+    logging.basicConfig(handlers=[out, err], level=logging.WARNING)
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     warnings.filterwarnings("ignore", category=FutureWarning)
+    sys.excepthook = hide_secrets
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def hide_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own report of an error that nobody caught, without the secrets that its message may quote."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def keep_freed_memory() -> None:
@@ -125,5 +136,5 @@ def _fail(message: str, kind: str = "error") -> int:
     for bar in list(bars.tqdm._instances) if bars else []:
         bar.close()  # ends its line: the message begins one of its own
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{kind}: " + " ".join(message.split()), file=sys.stderr)
+        print(f"{kind}: " + redact(" ".join(message.split())), file=sys.stderr)
     return BAD_INPUT

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,22 @@ PAYLOAD = ("model/", "critic/", "adapter/", "critic_adapter/")
 # What only a running stage needs: neither hashed nor published.
 FINGERPRINT = "fingerprint.json"
 CHECKPOINTS = "checkpoints"
+
+
+def check_name(name: str, what: str) -> str:
+    """`name` where it is one plain folder name, so that nothing is written outside the artifact directory.
+
+    Raises:
+        UserError: it has a separator, or is something like `..`.
+    """
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UserError(f"{what} {name!r}: not a plain name: use letters, digits, `_`, `-`, `+` and `.`")
+    return name
+
+
+def inside(folder: Path, name: str) -> bool:
+    """Whether `folder / name` is below `folder`, by its name alone: a package's files may be links."""
+    return Path(os.path.normpath(folder / name)).is_relative_to(os.path.normpath(folder))
 
 
 def partial_dir(final: Path) -> Path:
@@ -113,6 +130,8 @@ class Artifact:
         missing = [key for key in ("stage", "files", "payload_hash") if key not in manifest]
         if missing:
             raise UserError(f"artifact {directory}: {MANIFEST} has no `{missing[0]}`: redo it with FORCE=1")
+        if not isinstance(manifest["files"], dict):
+            raise UserError(f"artifact {directory}: {MANIFEST} is damaged (`files`): redo it with FORCE=1")
         return cls(directory, manifest)
 
     @property
@@ -146,10 +165,14 @@ class Artifact:
         """Compare every file with the manifest.
 
         Raises:
-            UserError: a file is missing, truncated or changed; names the first one.
+            UserError: a file is missing, truncated or changed, or lies outside the artifact; names the first one.
         """
         for name, digest in self.manifest["files"].items():
             path = self.path / name
+            if not path.resolve().is_relative_to(self.path.resolve()):
+                raise UserError(
+                    f"artifact {self.path}: {MANIFEST} lists {name!r}, which lies outside the artifact: do not use it"
+                )
             if not path.is_file():
                 raise UserError(f"artifact {self.path}: {name} is missing: redo the stage with FORCE=1")
             actual = sha256_file(path)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlhf.redact import redact, redact_tree
 from rlhf.stage import StageContext
 
 LOADERS = {"reward": "AutoModelForSequenceClassification"}
@@ -16,9 +17,10 @@ def write_card(ctx: StageContext, metrics: dict[str, Any], summary: str, directo
     recipe = ctx.recipe
     data = "\n".join(f"- `{name}`" for name in sorted(set(ctx.stage.data(recipe)))) or "- none"
     inputs = "\n".join(f"- `{name}` ({artifact.hash[:12]})" for name, artifact in ctx.inputs.items())
-    base = recipe.model.base or "trained from scratch"
+    base = redact(recipe.model.base or "trained from scratch")
     rows = "\n".join(f"| {key} | {_number(value)} |" for key, value in metrics.items())
-    settings = json.dumps(recipe.section(ctx.stage.name).model_dump(mode="json"), indent=2, ensure_ascii=False)
+    section = redact_tree(recipe.section(ctx.stage.name).model_dump(mode="json"))
+    settings = json.dumps(section, indent=2, ensure_ascii=False)
     loader = LOADERS.get(ctx.stage.name, "AutoModelForCausalLM")
     text = f"""---
 library_name: transformers

@@ -6,9 +6,14 @@ import functools
 import importlib
 import inspect
 import math
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rlhf.artifacts import sha256_file
@@ -17,6 +22,7 @@ from rlhf.errors import UserError
 TextFunction = Callable[..., Any]  # (prompts, responses, **some_columns) -> floats
 
 _OWN = ("prompts", "responses")
+_SHOWN = 60  # characters of a prompt or value that an error line quotes
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -73,6 +79,7 @@ def call_text_function(
     prompts: Sequence[str],
     responses: Sequence[str],
     columns: Mapping[str, Sequence[Any]] | None = None,
+    timeout: float | None = None,
 ) -> list[float]:
     """Calls a user's function of texts and checks what comes back.
 
@@ -84,20 +91,120 @@ def call_text_function(
         prompts: [B] strings.
         responses: [B] strings.
         columns: further dataset columns, [B] entries each.
+        timeout: seconds that the call may take; None = no limit. See `time_limit`.
 
     Returns:
         [B] finite floats.
 
     Raises:
-        UserError: inputs of different lengths, a parameter that no column fills, not B numbers, a number not finite.
+        UserError: inputs of different lengths, a parameter that no column fills, an exception in the function, no end
+            within the time limit, not B numbers, a number not finite. It quotes the prompt, where one is to blame.
     """
     name = function_name(function)
     columns = dict(columns or {})
     for what, values in {"responses": responses, **columns}.items():
         if len(values) != len(prompts):
             raise UserError(f"function {name}: {len(values)} {what} for {len(prompts)} prompts; give one per prompt")
-    args, kwargs = _arguments(function, name, list(prompts), list(responses), columns)
-    return _checked_floats(name, function(*args, **kwargs), len(prompts))
+
+    def call(rows: Sequence[int]) -> Any:
+        texts = [prompts[row] for row in rows], [responses[row] for row in rows]
+        args, kwargs = _arguments(
+            function, name, *texts, {key: [values[row] for row in rows] for key, values in columns.items()}
+        )
+        returned = function(*args, **kwargs)
+        return list(returned) if isinstance(returned, Iterator) else returned  # a generator runs here, too
+
+    outcome = _attempt(call, range(len(prompts)), timeout)
+    if isinstance(outcome.error, UserError):
+        raise outcome.error
+    if isinstance(outcome.error, TimeLimit):
+        raise UserError(
+            f"function {name}: no answer within {timeout:g} seconds, {_batch(prompts)}: make it faster, give it a time "
+            "limit of its own, or raise ppo.reward_timeout"
+        ) from outcome.error
+    if outcome.error is not None:
+        blamed = [prompts[row] for row in _offender(call, range(len(prompts)), timeout)]
+        raise UserError(
+            f"function {name}: raised {type(outcome.error).__name__}: {_short(str(outcome.error))}"
+            f"{_place(outcome.error)}, {_batch(blamed)}: correct the function"
+        ) from outcome.error
+    return _checked_floats(name, outcome.value, prompts)
+
+
+class TimeLimit(BaseException):
+    """A user's function took too long. No `Exception`, so that its own error handling does not swallow it."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise TimeLimit in the body when it takes longer than `seconds`.
+
+    By SIGALRM, and not by calling the function in another thread: reward functions that use signals themselves (as
+    math-verify does), a GPU's current device or torch's grad mode work in the main thread alone, and a thread that
+    hangs could not be ended. The price: it does not end C code that never returns to Python, a function that sets the
+    alarm itself takes ours away, and outside the main thread there is no limit.
+    """
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TimeLimit
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class _Outcome:
+    """What came of calling a user's function: a value or an error. Interrupts pass through."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+    def __enter__(self) -> _Outcome:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self.error = error
+        return isinstance(error, Exception | TimeLimit | SystemExit)
+
+
+def _attempt(call: Callable[[Sequence[int]], Any], rows: Sequence[int], timeout: float | None) -> _Outcome:
+    outcome = _Outcome()
+    with outcome, time_limit(timeout):
+        outcome.value = call(rows)
+    return outcome
+
+
+def _offender(call: Callable[[Sequence[int]], Any], rows: Sequence[int], timeout: float | None) -> Sequence[int]:
+    """The row that makes a call fail, found by calling with halves; all rows where none fails alone."""
+    suspects = rows
+    while len(suspects) > 1:
+        first, second = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
+        suspects = first if _attempt(call, first, timeout).error else second
+    return suspects if _attempt(call, suspects, timeout).error else rows
+
+
+def _place(error: BaseException) -> str:
+    """` (file.py line 3)`: where the function failed, its last line of Python."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    return f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
+
+
+def _batch(prompts: Sequence[str]) -> str:
+    """The prompts of a call, for messages: the function got them all at once."""
+    first = f"prompt {_short(prompts[0])!r}" if len(prompts) else "without prompts"
+    return first if len(prompts) < 2 else f"{len(prompts)} prompts, the first is {_short(prompts[0])!r}"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -155,19 +262,29 @@ def _arguments(
     return args, kwargs
 
 
-def _checked_floats(name: str, returned: Any, expected: int) -> list[float]:
+def _checked_floats(name: str, returned: Any, prompts: Sequence[str]) -> list[float]:
+    expected = len(prompts)
     if isinstance(returned, (str, bytes, Mapping)) or not hasattr(returned, "__iter__"):
-        raise UserError(f"function {name}: returned a {type(returned).__name__}; return a list of {expected} floats")
+        raise UserError(
+            f"function {name}: returned a {type(returned).__name__} for {_batch(prompts)}: return a list of "
+            f"{expected} floats"
+        )
     values = list(returned)
     if len(values) != expected:
-        raise UserError(f"function {name}: returned {len(values)} values for {expected} prompts; return one per prompt")
+        raise UserError(
+            f"function {name}: returned {len(values)} values for {expected} prompts ({_batch(prompts)}): return one "
+            "per prompt"
+        )
     floats = []
     for index, value in enumerate(values):
         try:
             number = math.nan if isinstance(value, (str, bytes)) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several numbers
             number = math.nan
         if not math.isfinite(number):
-            raise UserError(f"function {name}: value {index} is {value!r}; return finite floats only")
+            raise UserError(
+                f"function {name}: value {index} is {_short(repr(value))}, for prompt {_short(prompts[index])!r}: "
+                "return finite floats only"
+            )
         floats.append(number)
     return floats

@@ -18,22 +18,24 @@ def parameter_count(ctx: StageContext) -> tuple[int, int, int]:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-    from rlhf.models import base_path
+    from rlhf import models
 
+    trusted = {"trust_remote_code": models.trust_remote_code}
     recipe = ctx.recipe
     if "sft" in ctx.inputs:
-        config = AutoConfig.from_pretrained(str(ctx.inputs["sft"].model_dir))
+        config = AutoConfig.from_pretrained(str(ctx.inputs["sft"].model_dir), **trusted)
     elif recipe.pretrain and recipe.pretrain.architecture:
         config = GPT2Config(**recipe.pretrain.architecture.model_dump())
     else:
-        kwargs = {"gguf_file": recipe.model.gguf_file} if recipe.model.gguf_file else {}
+        kwargs = trusted | ({"gguf_file": recipe.model.gguf_file} if recipe.model.gguf_file else {})
+        base = models.base_path(recipe.model)
         try:
-            config = AutoConfig.from_pretrained(base_path(recipe.model), revision=recipe.model.revision, **kwargs)
+            config = AutoConfig.from_pretrained(base, revision=recipe.model.revision, **kwargs)
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"model {recipe.model.base}: cannot be loaded ({reason}): check model.base") from None
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, **trusted)
     model.tie_weights()  # a tied head is counted once
     text = config.get_text_config()
     return model.num_parameters(), text.num_hidden_layers * text.hidden_size, text.vocab_size

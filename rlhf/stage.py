@@ -28,6 +28,7 @@ from rlhf.artifacts import (
     FINGERPRINT,
     MANIFEST,
     Artifact,
+    check_name,
     finish,
     partial_dir,
     publish,
@@ -40,6 +41,7 @@ from rlhf.data import data_fingerprint, load_data_recipe
 from rlhf.errors import UserError
 from rlhf.locks import locked
 from rlhf.recipe import Recipe
+from rlhf.redact import redact_tree
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -135,14 +137,14 @@ def is_main_process() -> bool:
 def fingerprint(stage: Stage, ctx: StageContext) -> dict[str, Any]:
     """Everything that decides what the stage produces, and nothing else."""
     recipe = ctx.recipe
-    section = recipe.section(stage.name).model_dump(mode="json")
+    section = redact_tree(recipe.section(stage.name).identity())
     peft = recipe.peft.model_dump(mode="json") if recipe.uses_peft(stage.name) and recipe.peft else None
     return {
         "stage": stage.name,
         "version": stage.version,
         "section": section,
         "also": stage.also(recipe),
-        "model": recipe.model.model_dump(mode="json"),
+        "model": redact_tree(recipe.model.model_dump(mode="json")),
         "chat_template": _file_hash(recipe.model.chat_template),
         "peft": peft,
         "precision": recipe.hardware.precision,
@@ -232,8 +234,8 @@ def stale_inputs(ctx: StageContext) -> list[str]:
         recorded, section = artifact.manifest["fingerprint"], getattr(ctx.recipe, reference, None)
         if section is None:  # built by another recipe of this run
             continue
-        changed = differences(recorded["section"], section.model_dump(mode="json"))
-        changed += differences(recorded["model"], ctx.recipe.model.model_dump(mode="json"), "model")
+        changed = differences(recorded["section"], redact_tree(section.identity()))
+        changed += differences(recorded["model"], redact_tree(ctx.recipe.model.model_dump(mode="json")), "model")
         if changed:
             stale.append(f"{reference} ({'; '.join(changed[:3])})")
     return stale
@@ -276,7 +278,7 @@ def run_stage(
     Raises:
         UserError: bad input, inputs that are missing, damaged or do not fit together.
     """
-    ctx = StageContext(stage, recipe, Path(root), run or recipe.name)
+    ctx = StageContext(stage, recipe, Path(root), check_name(run or recipe.name, "--run"))
     recipe.section(stage.name)
     if dry_run:
         return _run(ctx, force, dry_run)
@@ -293,12 +295,13 @@ def _run(ctx: StageContext, force: bool, dry_run: bool) -> Artifact | None:
     load_inputs(ctx, missing_ok=dry_run)
     check_lineage(ctx)
     action = plan(ctx, force)
+    if action == "skip" and not dry_run:
+        logger.info("%s: unchanged, skipped (FORCE=1 redoes it)", ctx.final)
+        return Artifact.load(ctx.final)
+    allow_remote_code(recipe)
     if dry_run:
         describe(ctx, action)
         return None
-    if action == "skip":
-        logger.info("%s: unchanged, skipped (FORCE=1 redoes it)", ctx.final)
-        return Artifact.load(ctx.final)
     for stale in stale_inputs(ctx):
         logger.warning("input %s was built with other settings than this recipe's", stale)
     if is_main_process():
@@ -306,6 +309,18 @@ def _run(ctx: StageContext, force: bool, dry_run: bool) -> Artifact | None:
             artifact.verify()
     stage.check(ctx)
     return _build(ctx, action)
+
+
+def allow_remote_code(recipe: Recipe) -> None:
+    """Let models of this run execute Python code that they ship, or forbid it, and say so aloud."""
+    from rlhf import models
+
+    models.trust_remote_code = recipe.model.trust_remote_code
+    if recipe.model.trust_remote_code:
+        logger.warning(
+            "model.trust_remote_code is on: Python code that ships with %s runs on this machine, in every stage",
+            recipe.model.base,
+        )
 
 
 def _process_state(recipe: Recipe) -> PartialState:
@@ -401,12 +416,13 @@ def _prepare_dir(ctx: StageContext, action: str) -> None:
 
 
 def _manifest(ctx: StageContext, result: dict[str, Any], seconds: float) -> dict[str, Any]:
+    recipe = redact_tree(ctx.recipe.model_dump(mode="json"))
     return {
         "stage": ctx.stage.name,
         "run": ctx.run,
         "status": "complete",
-        "recipe": ctx.recipe.model_dump(mode="json"),
-        "recipe_hash": sha256_json(ctx.recipe.model_dump(mode="json")),
+        "recipe": recipe,
+        "recipe_hash": sha256_json(recipe),
         "fingerprint": ctx.fingerprint,
         "inputs": {name: artifact.hash for name, artifact in ctx.inputs.items()},
         "seed": ctx.seed,
@@ -471,7 +487,8 @@ def describe(ctx: StageContext, action: str) -> None:
 
     from rlhf.memory import estimate
 
-    logger.info("resolved recipe:\n%s", yaml.safe_dump(ctx.recipe.model_dump(mode="json"), sort_keys=False).rstrip())
+    recipe = redact_tree(ctx.recipe.model_dump(mode="json"))
+    logger.info("resolved recipe:\n%s", yaml.safe_dump(recipe, sort_keys=False).rstrip())
     logger.info("fingerprint: %s", sha256_json(ctx.fingerprint))
     verb = {"skip": "be skipped: unchanged", "build": "be built", "rebuild": "be rebuilt", "resume": "be resumed"}
     logger.info("%s would %s", ctx.final, verb[action])

@@ -242,6 +242,10 @@ def load_data_recipe(name_or_path: str | Path, extra_dirs: tuple[str | Path, ...
     """
     path = Path(name_or_path).expanduser()
     if path.suffix not in (".yaml", ".yml"):
+        if not re.fullmatch(r"[\w.-]+", str(name_or_path)):
+            raise UserError(
+                f"data recipe {str(name_or_path)!r}: no plain name, and no path that ends in .yaml: give one of them"
+            )
         folders = [Path(d) for d in extra_dirs] + [DATA_RECIPES_DIR]
         found = [folder / f"{name_or_path}.yaml" for folder in folders if (folder / f"{name_or_path}.yaml").is_file()]
         if not found:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf.artifacts import inside
 from rlhf.data.recipe import FilesSource, FunctionSource, HubSource, PackageSource
 from rlhf.errors import UserError
 from rlhf.functions import load_function
@@ -193,6 +194,8 @@ def _package_file(source: PackageSource) -> Path:
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     for folder in folders:
+        if not inside(folder, source.file):
+            raise UserError(f"source.file: {source.file!r} lies outside package {source.package!r}; name a file in it")
         if (folder / source.file).is_file():
             return folder / source.file
     raise UserError(

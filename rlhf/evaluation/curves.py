@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, distinct under every common colour blindness. Training is blue, held-out data orange.
 _TRAIN, _HELD_OUT, _OTHERS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_GREY = "#555555"
+_GREY, _ALARM = "#555555", "#CC0000"
 _ORDER = ("pretrain", "sft", "reward", "ppo", "evaluate")
 _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -243,6 +243,9 @@ def plot_bargain(run: Run) -> Figure:
         _panel(axes[1], history, both("objective/kl", "eval/kl"), "KL to the reference", "nats per response")
         _level(axes[1], settings.get("kl_target"), "kl_target")
         _level(axes[1], settings.get("max_kl"), "max_kl")
+        for name in ("repetition", "judge"):
+            _alert(axes[0], history, name)
+        _alert(axes[1], history, "kl")
         reward_against_kl(axes[2], history)
         axes[2].set_title("Reward against KL")
         if axes[2].get_legend():
@@ -250,9 +253,12 @@ def plot_bargain(run: Run) -> Figure:
         length = both("rollout/response_length", "eval/response_length")
         _panel(axes[3], history, length, "Response length", "tokens, EOS included", low=0.0, legend="lower left")
         _level(axes[3], settings.get("response_length"), "response_length")
+        _alert(axes[3], history, "length")
         rate = both("rollout/eos_rate", "eval/eos_rate")
         _panel(axes[4], history, rate, "EOS rate", "share of responses", low=0.0, high=1.05, legend="lower right")
+        _alert(axes[4], history, "eos_rate")
         _panel(axes[5], entropy, [("per_token", "", _TRAIN)], "Entropy of the policy", "nats per token", low=0.0)
+        _alert(axes[5], history, "entropy")
     return figure
 
 
@@ -393,6 +399,20 @@ def _level(axes: Axes, value: float | None, label: str) -> None:
     axes.annotate(
         label, (1.0, value), xycoords=("axes fraction", "data"), xytext=(-2, -2 if below else 2),
         textcoords="offset points", ha="right", va="top" if below else "bottom", fontsize=8, color=_GREY,
+    )  # fmt: skip
+
+
+def _alert(axes: Axes, history: pd.DataFrame, name: str) -> None:
+    """Shades the steps at which `alerts/<name>` fired, and says which alert it is."""
+    key = f"alerts/{name}"
+    if not axes.lines or key not in history.columns or not (history[key] == 1).any():
+        return
+    steps = history.loc[history[key] == 1, "ppo_step"]
+    for step in steps:
+        axes.axvspan(step - 0.5, step + 0.5, color=_ALARM, alpha=0.15, linewidth=0, zorder=0)
+    axes.annotate(
+        f"alert: {name}", (float(steps.iloc[0]), 1.0), xycoords=("data", "axes fraction"), xytext=(2, -2),
+        textcoords="offset points", ha="left", va="top", fontsize=8, color=_ALARM,
     )  # fmt: skip
 
 

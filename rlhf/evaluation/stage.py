@@ -100,14 +100,17 @@ def judged(
 ) -> PolicySamples:
     """One policy's samples with every reward and judge score."""
     scores: dict[str, list[float]] = {}
+    timeout = ctx.recipe.ppo.reward_timeout
     for source in ctx.recipe.ppo.rewards:
         if source.artifact is not None:
             scores[Path(source.artifact).name] = reward_scores(ctx, ctx.inputs[source.artifact], samples, pad_id)
         else:
             function = load_function(source.function)
-            scores[function_name(function)] = call_text_function(function, samples.prompts, samples.responses, columns)
+            scores[function_name(function)] = call_text_function(
+                function, samples.prompts, samples.responses, columns, timeout
+            )
     for judge, function in judges.items():
-        scores[judge] = call_text_function(function, samples.prompts, samples.responses, columns)
+        scores[judge] = call_text_function(function, samples.prompts, samples.responses, columns, timeout)
     return PolicySamples(name, samples.prompts, samples.responses, samples.lengths, samples.has_eos, kl, scores)
 
 

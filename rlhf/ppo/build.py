@@ -81,7 +81,8 @@ def critic_source(ctx: StageContext) -> Artifact | None:
     """The reward artifact that the critic starts from; None = the SFT model with a fresh head."""
     if ctx.recipe.ppo.critic_init == "sft":
         return None
-    return next(ctx.inputs[source.artifact] for source in ctx.recipe.ppo.rewards if source.artifact)
+    sources = sorted(ctx.recipe.ppo.rewards, key=lambda source: source.weight == 0)  # judges last
+    return next(ctx.inputs[source.artifact] for source in sources if source.artifact)
 
 
 def _build_critic(ctx: StageContext) -> PreTrainedModel:
@@ -242,7 +243,8 @@ def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator)
     for number, source in enumerate(ctx.recipe.ppo.rewards):
         if source.function is not None:
             name = source.function.rpartition(":")[2]
-            sources.append(FunctionScore(_unique(name, sources), source.weight, load_function(source.function)))
+            function, timeout = load_function(source.function), ctx.recipe.ppo.reward_timeout
+            sources.append(FunctionScore(_unique(name, sources), source.weight, function, timeout))
             continue
         artifact = ctx.inputs[source.artifact]
         statistics = artifact.manifest["reward_statistics"]

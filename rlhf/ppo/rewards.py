@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
+from rlhf.errors import UserError
 from rlhf.functions import TextFunction, call_text_function
 from rlhf.models import last_position
 from rlhf.ppo.rollout import Batch, Rollout, micro_batches, my_share
@@ -53,20 +56,39 @@ class ModelScore:
 
 
 class FunctionScore:
-    """A callable of prompts and responses (and dataset columns that it asks for by name)."""
+    """A callable of prompts and responses (and dataset columns that it asks for by name).
 
-    def __init__(self, name: str, weight: float, function: TextFunction) -> None:
-        self.name, self.weight, self.function = name, weight, function
+    Args:
+        name: shown in metrics.
+        weight: see `ppo.rewards`.
+        function: see `rlhf.functions.call_text_function`.
+        timeout: seconds that one call may take; None = no limit.
+    """
+
+    def __init__(self, name: str, weight: float, function: TextFunction, timeout: float | None = None) -> None:
+        self.name, self.weight, self.function, self.timeout = name, weight, function, timeout
 
     def score(self, rollout: Rollout, max_tokens: int, accelerator: Accelerator) -> Tensor:
-        """See `ScoreSource`. Each rank scores its share of the responses."""
+        """See `ScoreSource`. Each rank scores its share of the responses.
+
+        Raises:
+            UserError: on every rank, when the function fails on one: the others would wait for it for hours.
+        """
         count = len(rollout.prompts)
         share = my_share(count, accelerator)
         columns = {name: [values[row] for row in share] for name, values in rollout.columns.items()}
         prompts, responses = [rollout.prompts[row] for row in share], [rollout.responses[row] for row in share]
-        mine = call_text_function(self.function, prompts, responses, columns)
+        failure = None
+        try:
+            mine = call_text_function(self.function, prompts, responses, columns, self.timeout)
+        except UserError as error:
+            failure, mine = error, [math.nan] * len(share)  # a function that works returns no NaN
         device = rollout.response_mask.device
-        return accelerator.gather(torch.tensor(mine, dtype=torch.float32, device=device))[:count]
+        scores = accelerator.gather(torch.tensor(mine, dtype=torch.float64, device=device))[:count]
+        if bool(torch.isnan(scores).any()):
+            messages = gather_object([str(failure) if failure else ""]) if accelerator.num_processes > 1 else []
+            raise failure or UserError(next(filter(None, messages)))
+        return scores.float()
 
 
 class RunningMoments:

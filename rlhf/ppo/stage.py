@@ -194,7 +194,12 @@ def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: PreTrainedTokeni
     if trainer.accelerator.is_main_process:
         publish_models(ctx, tokenizer, state)
         write_card(ctx, metrics, "Policy aligned with PPO; its critic is beside it in `critic/`.")
-    return {"tokenizer": tokenizer_identity(tokenizer), "metrics": metrics, "stopped": trainer.stopped}
+    return {
+        "tokenizer": tokenizer_identity(tokenizer),
+        "metrics": metrics,
+        "stopped": trainer.stopped,
+        "alerts": trainer.alerts.begun,
+    }
 
 
 def _inputs(recipe: Recipe) -> list[str]:

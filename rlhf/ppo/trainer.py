@@ -19,12 +19,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rlhf.errors import UserError
+from rlhf.evaluation.text_metrics import distinct_n
 from rlhf.interrupt import Interrupted, requested
 from rlhf.logs import MetricsWriter
 from rlhf.models import Outputs
 from rlhf.ppo.advantages import gae, kl_penalty, token_rewards
+from rlhf.ppo.alerts import Alerts
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.generation import Generator
+from rlhf.ppo.guards import BadUpdates, bad_rollout, bad_update
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
 from rlhf.ppo.masking import masked_mean, masked_moments, masked_whiten
@@ -45,6 +49,10 @@ from rlhf.stage import peak_memory_gib
 logger = logging.getLogger(__name__)
 
 TRAIN, EVAL, PERMUTE = 0, 1, 2  # streams of random numbers
+STATISTICS = (
+    *("loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg"),
+    *("loss/value_avg", "val/clipfrac_avg", "val/ratio", "policy/grad_norm"),
+)
 
 
 @dataclass
@@ -123,6 +131,8 @@ class PPOTrainer:
         self.peak = matmul_peak(
             accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         )
+        self.bad_updates = BadUpdates(writer.directory, config.max_bad_updates, accelerator)
+        self.alerts = Alerts(config)
 
     # ------------------------------------------------------------------------------------------------------ the run
     def train(self) -> None:
@@ -133,7 +143,8 @@ class PPOTrainer:
         while self.ppo_step < self.config.total_steps and not self.stopped:
             metrics, rollout = self.step()
             self.ppo_step += 1
-            self._stop_on_runaway_kl(metrics)
+            metrics |= self.alerts.check(metrics, self._judges(rollout))
+            self._stop_if_asked(metrics)
             fixed = None
             if self._due(self.config.eval_every):
                 held_out, fixed = self.evaluate()
@@ -142,11 +153,15 @@ class PPOTrainer:
             self.last_metrics = {key: value for key, value in metrics.items() if not key.startswith("perf/")}
             sampled = self.ppo_step == 1 or self._due(self.config.sample_every)
             self.writer.write_samples(self.ppo_step, rollout if sampled else None, fixed)
-            signal = requested()
-            if signal or self._due(self.config.checkpoint_every or self.config.total_steps):
+            if self.bad_updates.too_many:
+                self._give_up()
+            signal, bad = requested(), self._had_bad_update()
+            # Not in a step with a bad update: the checkpoint from before it stays.
+            if not bad and (signal or self._due(self.config.checkpoint_every or self.config.total_steps)):
                 self.checkpointer.save(self)
             if signal:
-                raise Interrupted(signal, f"ppo_step {self.ppo_step} of {self.config.total_steps} is done and saved")
+                done = "is done, not saved for its bad update" if bad else "is done and saved"
+                raise Interrupted(signal, f"ppo_step {self.ppo_step} of {self.config.total_steps} {done}")
 
     def _due(self, every: int | None) -> bool:
         """Whether something that happens every so many ppo_steps happens now; at the end it does in any case."""
@@ -183,23 +198,38 @@ class PPOTrainer:
         # 5. Several passes of clipped updates.
         statistics = self.update(rollout, targets)
         metrics = self.metrics(rollout, targets, statistics)
-        self.kl_controller.update(metrics["objective/kl"], config.rollout_batch_size)
+        if math.isfinite(metrics["objective/kl"]):  # NaN would stay in the coefficient
+            self.kl_controller.update(metrics["objective/kl"], config.rollout_batch_size)
         return metrics | self._timing(rollout, len(statistics), started, generated, scored), rollout
 
     def update(self, rollout: Rollout, targets: Targets) -> list[dict[str, float]]:
         """`num_ppo_epochs` passes over the rollout in shuffled mini-batches; returns each mini-batch's statistics."""
-        statistics = []
+        found = bad_rollout(rollout)
+        if found:
+            self._skip(found, rollout, targets, range(len(rollout.prompts)))
+            return [dict.fromkeys(STATISTICS, math.nan)]
+        applied, skipped = [], []
         for number, rows in enumerate(self._mini_batches()):
             self._set_learning_rate(number)
-            statistics.append(self._optimizer_step(rollout, targets, rows))
+            statistics = self._optimizer_step(rollout, targets, rows)
+            found = bad_update(statistics)
+            if found:
+                skipped.append(statistics)
+                self._skip(found, rollout, targets, rows)
+                if self.bad_updates.too_many:
+                    break
+                continue
+            applied.append(statistics)
             self.optimizer_step += 1
-            approxkl = statistics[-1]["policy/approxkl_avg"]
-            if self.config.target_kl is not None and approxkl > self.config.target_kl:
+            if self.config.target_kl is not None and statistics["policy/approxkl_avg"] > self.config.target_kl:
                 break
-        return statistics
+        return applied or skipped
 
     def _optimizer_step(self, rollout: Rollout, targets: Targets, rows: list[int]) -> dict[str, float]:
-        """One mini-batch: losses over all its tokens, on all ranks, in micro-batches; then one step of AdamW."""
+        """One mini-batch: losses over all its tokens, on all ranks, in micro-batches; then one step of AdamW.
+
+        Where the loss or the gradient is not finite, on any rank, no rank takes the step.
+        """
         config, ranks = self.config, self.accelerator.num_processes
         tokens = sum(
             rollout.response_lengths[row] for row in rows
@@ -216,12 +246,13 @@ class PPOTrainer:
         if self.ppo_step < config.critic_warmup_steps:  # the policy waits while a fresh critic finds its feet
             for parameter in self.accelerator.unwrap_model(self.model).policy_parameters():
                 parameter.grad = None
-        norm = self._clip_gradients()
-        self.optimizer.step()
+        norm = totals.new_tensor([self._clip_gradients() / ranks])  # the same on every rank: summed, it is itself
+        values = self.accelerator.reduce(torch.cat([totals, norm]), "sum").tolist()
+        statistics = dict(zip(STATISTICS, values, strict=True))
+        if not bad_update(statistics):
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        totals = self.accelerator.reduce(totals, "sum").tolist()
-        names = ("loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg", "loss/value_avg", "val/clipfrac_avg")
-        return dict(zip((*names, "val/ratio"), totals, strict=True)) | {"policy/grad_norm": norm}
+        return statistics
 
     def _losses(self, rollout: Rollout, targets: Targets, batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
         """Loss of one micro-batch (its share of the mini-batch's) and six statistics, shares as well."""
@@ -263,9 +294,10 @@ class PPOTrainer:
         config = self.config
         budget = config.max_tokens_per_micro_batch
         rollout.raw_scores = {s.name: s.score(rollout, budget, self.accelerator) for s in self.rewards}
-        weights = [source.weight for source in self.rewards]
-        scores = aggregate(list(rollout.raw_scores.values()), weights, config.reward_aggregation)
-        if update and self.running is not None:
+        rewarding = [source for source in self.rewards if source.weight != 0]  # weight 0: a judge, only measured
+        raw = [rollout.raw_scores[source.name] for source in rewarding]
+        scores = aggregate(raw, [source.weight for source in rewarding], config.reward_aggregation)
+        if update and self.running is not None and bool(torch.isfinite(scores).all()):  # NaN would stay in the mean
             self.running.update(scores)
         rollout.scores = shape_scores(
             scores,
@@ -328,6 +360,8 @@ class PPOTrainer:
             "rollout/response_length": float(mask.sum(1).float().mean()),
             "rollout/eos_rate": float(rollout.finished.float().mean()),
             "rollout/logprob_drift": float(drift),
+            "rollout/distinct_2": distinct_n(rollout.responses, 2),
+            "policy/bad_updates": self.bad_updates.count,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
         row |= {f"objective/scores/{name}": float(value.mean()) for name, value in rollout.raw_scores.items()}
@@ -375,25 +409,39 @@ class PPOTrainer:
         """Norm before clipping; clips to `max_grad_norm` if set."""
         limit = self.config.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
-        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # sharded by FSDP2
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"ppo_step {self.ppo_step + 1}: gradient norm is {value}; lower ppo.learning_rate, or look for "
-                "infinite scores in metrics.jsonl"
-            )
-        return value
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # sharded by FSDP2
 
-    def _stop_on_runaway_kl(self, metrics: dict[str, float]) -> None:
+    def _skip(self, found: dict[str, int], rollout: Rollout, targets: Targets, rows: Sequence[int]) -> None:
+        self.bad_updates.record(self.ppo_step + 1, found, rollout, rows, vars(targets))
+
+    def _had_bad_update(self) -> bool:
+        return self.bad_updates.last_step == self.ppo_step
+
+    def _give_up(self) -> None:
+        if not self.checkpointer.steps():  # the weights are those from before: no bad update was applied
+            self.checkpointer.save(self)
+        self.writer.close()
+        raise UserError(self.bad_updates.advice())
+
+    def _judges(self, rollout: Rollout) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation of the sources that are measured and not trained on."""
+        scores = {source.name: rollout.raw_scores[source.name] for source in self.rewards if source.weight == 0}
+        return {name: (float(x.mean()), float(x.std(unbiased=False))) for name, x in scores.items()}
+
+    def _stop_if_asked(self, metrics: dict[str, float]) -> None:
         limit = self.config.max_kl
         if limit is not None and metrics["objective/kl"] > limit:
             self.stopped = f"objective/kl {metrics['objective/kl']:.2f} is above ppo.max_kl {limit}"
+        else:
+            self.stopped = self.alerts.stop(metrics)
+        if self.stopped:
             logger.warning("stopping at ppo_step %d: %s", self.ppo_step, self.stopped)
 
     def _keep_best(self, metrics: dict[str, float]) -> None:
         name = self.config.best_metric
         if name is None:
             return
-        if self.best is None or metrics[name] > self.best[0]:
+        if math.isfinite(metrics[name]) and (self.best is None or metrics[name] > self.best[0]):
             self.best = (metrics[name], self.ppo_step)
             self.checkpointer.save_best(self)
 
@@ -411,6 +459,8 @@ class PPOTrainer:
             "best": self.best,
             "stopped": self.stopped,
             "last_metrics": self.last_metrics,
+            "bad_updates": self.bad_updates.count,
+            "alerts": self.alerts.state_dict(),
         }
 
     def restore(self) -> None:
@@ -425,6 +475,8 @@ class PPOTrainer:
             self.running.load_state_dict(state["running"])
         self.best = tuple(state["best"]) if state["best"] else None
         self.stopped, self.last_metrics = state["stopped"], state["last_metrics"]
+        self.bad_updates.count = state["bad_updates"]
+        self.alerts.load_state_dict(state["alerts"])
         self.writer.rewind(self.ppo_step)
         logger.info("continuing after ppo_step %d", self.ppo_step)
 

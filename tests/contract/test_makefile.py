@@ -33,6 +33,14 @@ def test_launcher(launch: str, expected: str) -> None:
     assert expected in dry("reward", f"LAUNCH={launch}")
 
 
+def test_audit_covers_every_pinned_package_and_fails_where_it_cannot_ask() -> None:
+    planned = dry("audit", "CONSTRAINTS=gpu.txt", "-o", "gpu.txt")
+    assert '-c gpu.txt -e ".[audit]"' in planned
+    assert "pip_audit --requirement gpu.txt --no-deps --disable-pip --strict" in planned
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert all(line.startswith("#") or "==" in line for line in pinned if line)  # else pip-audit refuses the file
+
+
 def test_set_up_is_remembered_and_redone_when_told_otherwise(tmp_path: Path) -> None:
     saved = tmp_path / "setup.mk"
     saved.write_text("SETUP_CONSTRAINTS := gpu.txt\nSETUP_EXTRAS := tiny\nSETUP_PIP_ARGS := --pre\n")

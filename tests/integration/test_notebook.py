@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -185,6 +186,24 @@ def test_vital_signs_point_at_the_sick_curve(column, values, sign):
 
 def test_vital_signs_of_a_healthy_run():
     assert list(curves.vital_signs(history())["verdict"]) == ["fine"] * 6
+
+
+def test_steps_with_an_alert_are_marked(tmp_path):
+    fired = {"repetition": [0, 0, 1], "kl": [0, 1, 0], "length": [1, 1, 0], "eos_rate": [0, 0, 1], "entropy": [1, 0, 0]}
+    panels = {"repetition": "Reward score", "kl": "KL to the reference", "length": "Response length"}
+    panels |= {"eos_rate": "EOS rate", "entropy": "Entropy of the policy"}
+    row = {"objective/scores": 1.0, "objective/kl": 2.0, "rollout/response_length": 9.0, "rollout/eos_rate": 1.0}
+    table = pd.DataFrame([row | {"ppo_step": step, "objective/entropy": 3.0} for step in (1, 2, 3)])
+
+    def spans(table):
+        run = SimpleNamespace(metrics=lambda stage: table, settings=lambda stage: {})
+        shown = {axes.get_title(): axes for axes in curves.plot_bargain(run).axes}
+        return {name: [round(p.get_x() + 0.5) for p in shown[title].patches] for name, title in panels.items()}, shown
+
+    marked, shown = spans(table.assign(**{f"alerts/{name}": values for name, values in fired.items()}))
+    assert marked == {"repetition": [3], "kl": [2], "length": [1, 2], "eos_rate": [3], "entropy": [1]}
+    assert "alert: kl" in [text.get_text() for text in shown["KL to the reference"].texts]
+    assert all(not found for found in spans(table)[0].values())  # an older run has no such columns
 
 
 def test_early_and_late_pairs_by_prompt_not_by_row():

@@ -1,7 +1,10 @@
 """User-supplied functions: loading and calling."""
 
 import functools
+import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -64,6 +67,7 @@ def test_error_inside_the_module_keeps_its_traceback(workdir):
 
 
 PROMPTS, RESPONSES, COLUMNS = ["p", "pp"], ["rrr", "r"], {"label": [10, 20], "source": ["x", "y"]}
+TWO = PROMPTS, RESPONSES
 
 
 def names_both(responses, prompts):
@@ -148,12 +152,76 @@ def test_missing_column_and_wrong_length_are_user_errors():
         call_text_function(everything, PROMPTS, RESPONSES, {"label": [1, 2, 3]})
 
 
-def test_a_type_error_of_the_function_itself_keeps_its_traceback():
-    def broken(prompts, responses):
-        return len(3)
+def test_an_error_in_the_function_is_one_line_with_the_prompt_that_caused_it():
+    prompts = [f"prompt {i} " + "x" * 100 for i in range(7)]
+    calls = []
 
-    with pytest.raises(TypeError, match="has no len"):
-        call_text_function(broken, PROMPTS, RESPONSES)
+    def broken(prompts, responses, label):
+        calls.append(len(prompts))
+        return [len(3) if "prompt 5" in prompt else value for prompt, value in zip(prompts, label, strict=True)]
+
+    with pytest.raises(UserError) as error:
+        call_text_function(broken, prompts, prompts, {"label": list(range(7))})
+    assert isinstance(error.value.__cause__, TypeError)  # the traceback is there for who wants it
+    line = str(error.value)
+    assert "broken: raised TypeError: object of type 'int' has no len() (test_evaluation_functions.py line " in line
+    assert "prompt 'prompt 5 xxx" in line and "..." in line and len(line) < 350 and "\n" not in line
+    assert sum(calls) - 7 <= 8  # the search costs about one more call
+
+
+def test_an_error_of_no_single_prompt_names_the_batch():
+    def needs_one(prompts, responses):
+        if len(prompts) > 1:
+            raise ValueError("one\nat a time")
+        return [0.0]
+
+    with pytest.raises(UserError, match=r"raised ValueError: one at a time \(.*\), 2 prompts, the first is 'p'"):
+        call_text_function(needs_one, *TWO)
+    with pytest.raises(UserError, match="raised SystemExit"):
+        call_text_function(lambda prompts, responses: sys.exit("tired"), *TWO)
+
+
+def test_an_interrupt_is_no_error_of_the_function():
+    def interrupted(prompts, responses):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call_text_function(interrupted, *TWO, timeout=5)
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_function_that_hangs_ends_at_its_time_limit(swallows):
+    def hangs(prompts, responses):
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:
+                assert swallows  # the limit must not arrive here
+
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UserError, match=r"hangs: no answer within 0.2 seconds, 2 prompts, the first is 'p'.*timeout"):
+        call_text_function(hangs, *TWO, timeout=0.2)
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_generator_runs_under_the_same_care():
+    def lazy(prompts, responses):
+        yield 1.0
+        raise OSError("gone")
+
+    with pytest.raises(UserError, match="raised OSError: gone"):
+        call_text_function(lazy, *TWO)
+    assert call_text_function(lambda prompts, responses: (float(len(p)) for p in prompts), *TWO) == [1.0, 2.0]
+
+
+def test_outside_the_main_thread_there_is_no_limit_but_no_harm():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(call_text_function, names_both, *TWO, timeout=5).result() == [2.0, -1.0]
+
+
+def test_a_bad_value_is_shown_with_its_prompt():
+    with pytest.raises(UserError, match=r"value 1 is nan, for prompt 'pp': return finite floats only"):
+        call_text_function(lambda prompts, responses: [0.0, float("nan")], *TWO)
 
 
 def test_function_name():
