@@ -38,6 +38,7 @@ def handled() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _Request.number = 0
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

@@ -404,7 +404,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         return False
     ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
     with captured_hidden_states(model) as states:
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return torch.allclose(head(states[0].to(head.weight.dtype)), logits, rtol=1e-3, atol=1e-4)
 
 
