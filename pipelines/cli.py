@@ -111,7 +111,8 @@ def main(stage: str, module: str, argv: list[str] | None = None, show: Callable[
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"{stage}: the disk is full ({error.filename or args.artifacts}): free space and run it again")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        no_root = error.errno == errno.ENOENT and str(error.filename or "").startswith(args.artifacts)
+        if no_root or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             where = error.filename or args.artifacts
             return _fail(f"{stage}: cannot write {where} ({error.strerror}): check path and permissions")
         raise

@@ -431,6 +431,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: not of the form section.key=value, for example ppo.kl_coef=0.1")
+    try:
+        parsed = parse_scalar(value)
+    except UserError as error:
+        raise UserError(
+            f"override {key}: {error}: if the value holds blanks, quote it for the shell too: SET=\"{key}='...'\""
+        ) from None
     *parents, last = key.split(".")
     node: Any = data
     for depth, part in enumerate(parents):
@@ -445,9 +451,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: `{walked}` is {node!r}, which has no keys: check the path")
     if isinstance(node, list):
         _item(node, last, key)
-        node[int(last)] = parse_scalar(value)
+        node[int(last)] = parsed
     elif isinstance(node, dict):
-        node[last] = parse_scalar(value)
+        node[last] = parsed
     else:
         raise UserError(f"override {override!r}: `{'.'.join(parents)}` is {node!r}, which has no keys: check the path")
 

@@ -196,6 +196,11 @@ CASES = [
     Case("duplicate key", ("toy.yaml line 3", "'seed'", "keep one"), recipe="name: toy\nseed: 1\nseed: 2\n"),
     Case("broken YAML", ("toy.yaml line 3", "expected ',' or '}'"), recipe="name: toy\nppo: {kl_coef: 0.1\n"),
     Case("list for a recipe", ("toy.yaml", "['sft']", "write `key: value` lines"), recipe="- sft\n"),
+    Case(
+        "override cut by the shell",
+        ("ppo.rewards", "'[{function:'", "quote it for the shell"),
+        ("ppo.rewards=[{function:",),
+    ),
     Case("override without value", ("'ppo.kl_coef'", "section.key=value"), ("ppo.kl_coef",)),
     Case("override through a number", ("ppo.kl_coef", "0.3", "check the path"), ("ppo.kl_coef=0.3", "ppo.kl_coef.x=1")),
     Case(
