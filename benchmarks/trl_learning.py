@@ -99,11 +99,12 @@ class Evaluation:
         return result | {"length": mean(samples.lengths), "eos_rate": samples.eos_rate}
 
 
-def run_one(args: argparse.Namespace, side: str, seed: int, evaluation: Evaluation) -> dict[str, Any]:
+def run_one(args: argparse.Namespace, side: str, seed: int, evaluation: Evaluation | None) -> dict[str, Any]:
     """Train and evaluate, or read what an earlier call left."""
     out = args.workdir / f"{side}_{seed}"
     if (out / "result.json").is_file():
         return json.loads((out / "result.json").read_text(encoding="utf-8"))
+    assert evaluation is not None
     train(args, side, seed, out)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     sft = evaluation.ctx.inputs["sft"].model_dir
@@ -181,6 +182,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trl-python", default=".venv-trl/bin/python", help="interpreter (a command) with TRL 1.12")
     parser.add_argument("--trl-micro-batch", type=int, default=64, help="episodes of TRL's forward and backward")
     parser.add_argument("--every", type=int, default=5, help="updates between saved policies")
+    parser.add_argument("--finished", action="store_true", help="train nothing, report what is finished in --workdir")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     return parser.parse_intermixed_args()
 
@@ -191,12 +193,16 @@ def main() -> None:
     keep_freed_memory()
     args = parse()
     args.workdir = args.workdir.resolve()
-    evaluation = Evaluation(context(args, seed=0))
+    runs = [(seed, side) for seed in args.seeds for side in (("ours", "trl") if args.side == "both" else (args.side,))]
+    if args.finished:
+        runs = [(seed, side) for seed, side in runs if (args.workdir / f"{side}_{seed}" / "result.json").is_file()]
+    evaluation = None if args.finished else Evaluation(context(args, seed=0))
     results = []
-    for seed in args.seeds:
-        for side in ("ours", "trl") if args.side == "both" else (args.side,):
-            results.append(run_one(args, side, seed, evaluation))
-            print(f"{side} seed {seed}: {results[-1]['curve'][-1]}", file=sys.stderr, flush=True)
+    for seed, side in runs:
+        results.append(run_one(args, side, seed, evaluation))
+        print(f"{side} seed {seed}: {results[-1]['curve'][-1]}", file=sys.stderr, flush=True)
+    if not results:
+        raise SystemExit(f"error: nothing is finished in {args.workdir}")
     print(report(results))
     if args.out:
         about = {"command": shlex.join(sys.argv[1:]), "commit": git_commit(), "packages": package_versions()}
