@@ -205,7 +205,9 @@ def main() -> None:
         raise SystemExit(f"error: nothing is finished in {args.workdir}")
     print(report(results))
     if args.out:
-        about = {"command": shlex.join(sys.argv[1:]), "commit": git_commit(), "packages": package_versions()}
+        about = {"recipe": args.recipe, "overrides": [*MATCHED, *args.overrides], "every": args.every}
+        about |= {"commit": git_commit(), "packages": package_versions()}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(about | {"results": results}, indent=1), encoding="utf-8")
 
 
