@@ -231,7 +231,8 @@ def main() -> None:
     episodes = int(overrides.get("ppo.rollout_batch_size", WORKLOADS[args.workload].ppo["rollout_batch_size"]))
     result = summary(rows, episodes)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if args.device == "cuda" else []
-    about = {"workload": args.workload, "command": shlex.join(sys.argv), "commit": git_commit(), "gpus": gpus}
+    about = {"workload": args.workload, "overrides": args.overrides, "commit": git_commit(), "gpus": gpus}
+    about |= {"threads": args.threads, "trl_micro_batch": args.trl_micro_batch, "apart": args.apart}
     about |= {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "packages": package_versions()}
     print(table(result))
     if args.out:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -18,15 +19,16 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from rlhf.artifacts import Artifact, finish, partial_dir, publish
 from rlhf.data import Renderer
-from rlhf.models import init_score_head, load_tokenizer, tokenizer_identity
+from rlhf.models import init_score_head, load_model, load_tokenizer, lora_config, tokenizer_identity
 from rlhf.ppo import stage as ppo_stage
 from rlhf.ppo.stage import load_prompts
-from rlhf.recipe import Recipe, apply_override
+from rlhf.recipe import PeftSection, Recipe, apply_override
 from rlhf.stage import StageContext, load_inputs
 from rlhf.yamlio import validate
 
@@ -86,31 +88,45 @@ def tokenizer_of(shape: Shape) -> PreTrainedTokenizerFast:
     )
 
 
-def write_model(shape: Shape, stage: str, directory: Path, seed: int, dtype: torch.dtype, device: str) -> None:
-    """Random weights of a policy (`sft`) or a reward model, and the tokenizer."""
+def random_model(shape: Shape, kind: str, seed: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """Random weights, drawn on `device`; on CPU afterwards."""
     torch.manual_seed(seed)
     config = shape.config()
     auto = AutoModelForCausalLM
-    if stage == "reward":
+    if kind == "score":
         auto, config.num_labels = AutoModelForSequenceClassification, 1
     with torch.device(device):
         model = auto.from_config(config, dtype=dtype)
-    if stage == "reward":
-        init_score_head(model.cpu(), seed)
+    model = model.cpu()
+    if kind == "score":
+        init_score_head(model, seed)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the processes that are measured need it
+    return model
+
+
+def reward_adapter(sft: Artifact, peft: PeftSection, seed: int, directory: Path) -> PreTrainedModel:
+    """A reward model that is an adapter of the SFT model: writes the adapter, returns the merged model."""
+    base = load_model(sft.model_dir, "score", dtype="auto")
+    init_score_head(base, seed)
+    model = get_peft_model(base, lora_config(peft, "SEQ_CLS"))
     model.save_pretrained(directory)
-    tokenizer_of(shape).save_pretrained(directory)
+    return model.merge_and_unload()
 
 
-def write_artifact(root: Path, stage: str, shape: Shape, seed: int, dtype: torch.dtype, device: str) -> Artifact:
+def write_artifact(
+    root: Path, stage: str, model: PreTrainedModel, shape: Shape, seed: int, inputs: dict[str, str]
+) -> Artifact:
     """Publish `root/random/<stage>`."""
     partial = partial_dir(root / "random" / stage)
-    write_model(shape, stage, partial / "model", seed, dtype, device)
+    model.save_pretrained(partial / "model")
+    tokenizer_of(shape).save_pretrained(partial / "model")
     manifest: dict[str, Any] = {
         "stage": stage,
         "run": "random",
         "status": "complete",
         "fingerprint": {"stage": stage, "version": 1, "section": {}, "model": {}},
-        "inputs": {},
+        "inputs": inputs,
         "seed": seed,
         "tokenizer": tokenizer_identity(tokenizer_of(shape)),
         "metrics": {},
@@ -119,6 +135,17 @@ def write_artifact(root: Path, stage: str, shape: Shape, seed: int, dtype: torch
         manifest["reward_statistics"] = {"mean": 0.0, "std": 1.0, "samples": 0}
     finish(partial, manifest)
     return publish(partial, root / "random" / stage)
+
+
+def write_artifacts(root: Path, recipe: Recipe, shape: Shape, dtype: torch.dtype, device: str) -> None:
+    """SFT and reward artifacts below `root`; with LoRA the reward model is an adapter of the SFT model."""
+    seed = recipe.seed
+    sft = write_artifact(root, "sft", random_model(shape, "causal", seed, dtype, device), shape, seed, {})
+    if recipe.uses_peft("ppo"):
+        reward = reward_adapter(sft, recipe.peft, seed, partial_dir(root / "random" / "reward") / "adapter")
+    else:
+        reward = random_model(shape, "score", seed + 1, dtype, device)
+    write_artifact(root, "reward", reward, shape, seed, {"sft": sft.hash})
 
 
 def write_prompts(root: Path, shape: Shape, count: int, seed: int) -> Path:
@@ -147,16 +174,12 @@ def random_context(
         root: artifact directory.
         shape: of all models.
         ppo: the recipe's section.
-        overrides: dotted ones, such as `ppo.critic=shared`.
+        overrides: dotted ones, such as `ppo.critic=shared` or `peft.r=16`.
         seed: of weights, prompts and training.
         dtype: of the weights on disk; they are read in the dtype that each side trains in.
         device: where weights are drawn, cpu or cuda.
     """
     root.mkdir(parents=True, exist_ok=True)
-    if not (root / "random" / "sft").is_dir():
-        write_artifact(root, "sft", shape, seed, dtype, device)
-        write_artifact(root, "reward", shape, seed + 1, dtype, device)
-        write_prompts(root, shape, 4 * ppo["rollout_batch_size"], seed)
     data: dict[str, Any] = {
         "name": "random",
         "seed": seed,
@@ -168,7 +191,11 @@ def random_context(
     }
     for override in overrides:
         apply_override(data, override)
-    return context_of(validate(Recipe, data, "benchmark"), root, "random")
+    recipe = validate(Recipe, data, "benchmark")
+    if not (root / "random" / "sft").is_dir():
+        write_artifacts(root, recipe, shape, dtype, device)
+        write_prompts(root, shape, 4 * recipe.ppo.rollout_batch_size, seed)
+    return context_of(recipe, root, "random")
 
 
 def context_of(recipe: Recipe, root: Path, run: str) -> StageContext:
@@ -211,6 +238,7 @@ def side_specs(ctx: StageContext, trl: dict[str, Any]) -> dict[str, dict[str, An
         "ppo": ppo.model_dump(mode="json"),
         # A model whose EOS lies outside of its logits never ends a response.
         "stop_at_eos": tokenizer.eos_token_id < number_of_logits(ctx.inputs["sft"].model_dir),
+        "peft": ctx.recipe.peft.model_dump(mode="json") if ctx.recipe.uses_peft("ppo") else None,
         "seed": ctx.seed,
     }
     ours = {"root": str(ctx.root), "run": ctx.run, "recipe": ctx.recipe.model_dump(mode="json")}

@@ -99,11 +99,12 @@ class Evaluation:
         return result | {"length": mean(samples.lengths), "eos_rate": samples.eos_rate}
 
 
-def run_one(args: argparse.Namespace, side: str, seed: int, evaluation: Evaluation) -> dict[str, Any]:
+def run_one(args: argparse.Namespace, side: str, seed: int, evaluation: Evaluation | None) -> dict[str, Any]:
     """Train and evaluate, or read what an earlier call left."""
     out = args.workdir / f"{side}_{seed}"
     if (out / "result.json").is_file():
         return json.loads((out / "result.json").read_text(encoding="utf-8"))
+    assert evaluation is not None
     train(args, side, seed, out)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     sft = evaluation.ctx.inputs["sft"].model_dir
@@ -114,22 +115,29 @@ def run_one(args: argparse.Namespace, side: str, seed: int, evaluation: Evaluati
     return result
 
 
-def at_kl(curve: list[dict[str, float]], kl: float, measure: str) -> float:
-    """`measure` of a run where its KL was `kl`, linear between the saved policies."""
+def at_kl(curve: list[dict[str, float]], kl: Any, measure: str) -> Any:
+    """`measure` of a run where its KL was `kl` (a number or several), linear between the saved policies."""
     points = sorted((point["kl"], point[measure]) for point in curve)
-    return float(np.interp(kl, [x for x, _ in points], [y for _, y in points]))
+    return np.interp(kl, [x for x, _ in points], [y for _, y in points])
 
 
-def at_equal_kl(results: list[dict[str, Any]], measure: str) -> list[tuple[int, float, float, float]]:
-    """Per seed that both sides have: the largest KL that both reached, and `measure` of ours and of TRL there."""
+def at_equal_kl(results: list[dict[str, Any]], measure: str) -> list[dict[str, float]]:
+    """`measure` of both sides at equal KL, per seed that both have.
+
+    Returns:
+        Per seed: `kl`, the largest that both reached; `ours` and `trl` there; `along`, the mean of ours minus TRL's
+        over all KL from 0 to there, which a single noisy policy moves less.
+    """
     curves = {(row["side"], row["seed"]): row["curve"] for row in results}
-    seeds = sorted({row["seed"] for row in results})
     rows = []
-    for seed in seeds:
+    for seed in sorted({row["seed"] for row in results}):
         ours, trl = curves.get(("ours", seed)), curves.get(("trl", seed))
         if ours and trl:
-            kl = min(max(point["kl"] for point in ours), max(point["kl"] for point in trl))
-            rows.append((seed, kl, at_kl(ours, kl, measure), at_kl(trl, kl, measure)))
+            kl = min(max(point["kl"] for point in curve) for curve in (ours, trl))
+            grid = np.linspace(0, kl, 101)
+            along = float((at_kl(ours, grid, measure) - at_kl(trl, grid, measure)).mean())
+            here = {"ours": float(at_kl(ours, kl, measure)), "trl": float(at_kl(trl, kl, measure))}
+            rows.append({"seed": seed, "kl": kl, "along": along} | here)
     return rows
 
 
@@ -148,13 +156,17 @@ def report(results: list[dict[str, Any]]) -> str:
         if rows:
             cells = [spread([row["curve"][-1][name] for row in rows]) for name in MEASURES]
             lines.append(f"| {side} | {len(rows)} | " + " | ".join(cells) + " |")
-    lines += ["", "At equal KL:", "", "| seed | KL | judge: ours | TRL | reward: ours | TRL |", "| --- " * 6 + "|"]
-    judge, reward = at_equal_kl(results, "judge"), at_equal_kl(results, "reward")
-    for (seed, kl, a, b), (_, _, c, d) in zip(judge, reward, strict=True):
-        lines.append(f"| {seed} | {kl:.2f} | {a:.3f} | {b:.3f} | {c:.3f} | {d:.3f} |")
-    if judge:
-        gains = [spread([row[2] - row[3] for row in rows]) for rows in (judge, reward)]
-        lines += ["", f"Ours minus TRL at equal KL: judge {gains[0]}, reward {gains[1]}."]
+    for measure in ("judge", "reward"):
+        rows = at_equal_kl(results, measure)
+        if not rows:
+            continue
+        lines += ["", f"| seed | KL | {measure}, ours | {measure}, TRL | ours - TRL | the same, mean over KL |"]
+        lines.append("| --- " * 6 + "|")
+        for row in rows:
+            numbers = [row["kl"], row["ours"], row["trl"], row["ours"] - row["trl"], row["along"]]
+            lines.append(f"| {row['seed']} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
+        gains = spread([row["ours"] - row["trl"] for row in rows]), spread([row["along"] for row in rows])
+        lines.append(f"| all | | | | {gains[0]} | {gains[1]} |")
     return "\n".join(lines)
 
 
@@ -170,6 +182,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trl-python", default=".venv-trl/bin/python", help="interpreter (a command) with TRL 1.12")
     parser.add_argument("--trl-micro-batch", type=int, default=64, help="episodes of TRL's forward and backward")
     parser.add_argument("--every", type=int, default=5, help="updates between saved policies")
+    parser.add_argument("--finished", action="store_true", help="train nothing, report what is finished in --workdir")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     return parser.parse_intermixed_args()
 
@@ -180,15 +193,21 @@ def main() -> None:
     keep_freed_memory()
     args = parse()
     args.workdir = args.workdir.resolve()
-    evaluation = Evaluation(context(args, seed=0))
+    runs = [(seed, side) for seed in args.seeds for side in (("ours", "trl") if args.side == "both" else (args.side,))]
+    if args.finished:
+        runs = [(seed, side) for seed, side in runs if (args.workdir / f"{side}_{seed}" / "result.json").is_file()]
+    evaluation = None if args.finished else Evaluation(context(args, seed=0))
     results = []
-    for seed in args.seeds:
-        for side in ("ours", "trl") if args.side == "both" else (args.side,):
-            results.append(run_one(args, side, seed, evaluation))
-            print(f"{side} seed {seed}: {results[-1]['curve'][-1]}", file=sys.stderr, flush=True)
+    for seed, side in runs:
+        results.append(run_one(args, side, seed, evaluation))
+        print(f"{side} seed {seed}: {results[-1]['curve'][-1]}", file=sys.stderr, flush=True)
+    if not results:
+        raise SystemExit(f"error: nothing is finished in {args.workdir}")
     print(report(results))
     if args.out:
-        about = {"command": shlex.join(sys.argv[1:]), "commit": git_commit(), "packages": package_versions()}
+        about = {"recipe": args.recipe, "overrides": [*MATCHED, *args.overrides], "every": args.every}
+        about |= {"commit": git_commit(), "packages": package_versions()}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(about | {"results": results}, indent=1), encoding="utf-8")
 
 

@@ -23,6 +23,7 @@ import torch
 import trl.experimental.ppo.ppo_trainer as trl_ppo
 from accelerate.state import GradientState
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
@@ -96,7 +97,7 @@ def build_trainer(spec: dict[str, Any], callback: TrainerCallback, output_dir: s
 
     Keys of `spec`: policy, reference, reward (model folders), score_mean, score_std, prompts (lists of token ids),
     ppo (our hyperparameters), trl_micro_batch (episodes of one forward and backward), stop_at_eos, dtype (of all
-    weights), device, seed, all_steps (below).
+    weights), device, seed, all_steps (below), peft (LoRA of the policy).
 
     TRL 1.12 does not count its optimizer steps as its settings say. With several mini-batches it takes one step per PPO
     epoch all the same, because `accelerator.accumulate` counts the micro-batches of the whole rollout; and on the last
@@ -105,18 +106,20 @@ def build_trainer(spec: dict[str, Any], callback: TrainerCallback, output_dir: s
     """
     tokenizer = AutoTokenizer.from_pretrained(spec["policy"], padding_side="left")
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in spec["prompts"][: spec.get("prompts_used")]]
+    lora = LoraConfig(task_type="CAUSAL_LM", **adapter) if (adapter := _adapter(spec)) else None
     critic = normalise(load(spec, "score", "reward"), 0.0, spec["score_std"])
     critic.score.bias = None
     trainer = PPOTrainer(
         args=config_of(spec, output_dir),
         processing_class=tokenizer,
         model=load(spec, "causal", "policy"),
-        ref_model=load(spec, "causal", "reference"),
+        ref_model=None if lora else load(spec, "causal", "reference"),
         reward_model=normalise(load(spec, "score", "reward"), spec["score_mean"], spec["score_std"]),
         value_model=critic,
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[: spec["ppo"]["rollout_batch_size"]]),  # it wants one; it is not used
         callbacks=[callback],
+        peft_config=lora,
     )
     trainer.remove_callback(trl_ppo.PrinterCallback)
     if spec.get("all_steps", True):
@@ -125,13 +128,19 @@ def build_trainer(spec: dict[str, Any], callback: TrainerCallback, output_dir: s
     return trainer
 
 
+def _adapter(spec: dict[str, Any]) -> dict[str, Any]:
+    """LoRA of the policy, where SPEC has `peft`; TRL trains the value model in full."""
+    keys = ("r", "lora_alpha", "target_modules")
+    return {key: spec["peft"][key] for key in keys} if spec.get("peft") else {}
+
+
 def dtypes_of(trainer: PPOTrainer) -> dict[str, str]:
     """dtypes of trained weights, Adam's state, and the frozen models."""
     state = [value.dtype for entry in trainer.optimizer.state.values() for value in entry.values() if value.numel() > 1]
     names = {
-        "weights": {p.dtype for p in trainer.model.parameters()},
+        "weights": {p.dtype for p in trainer.model.parameters() if p.requires_grad},
         "adam": set(state),
-        "frozen": {p.dtype for model in (trainer.ref_model, trainer.reward_model) for p in model.parameters()},
+        "frozen": {p.dtype for p in trainer.reward_model.parameters()},
     }
     return {
         name: "/".join(sorted(str(dtype).removeprefix("torch.") for dtype in kinds)) for name, kinds in names.items()

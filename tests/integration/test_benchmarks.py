@@ -1,0 +1,68 @@
+"""Our side of the benchmarks runs, and what they compute from measurements is right. TRL's side needs TRL 1.12."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.our_side import timed_step
+from benchmarks.ppo_vs_trl import WORKLOADS, summary, table
+from benchmarks.start import random_context, side_specs
+from benchmarks.trl_learning import at_equal_kl, at_kl, report
+from rlhf.models import load_tokenizer
+from rlhf.ppo.stage import build_trainer
+
+CURVE = [{"kl": 0.0, "judge": 0.5}, {"kl": 4.0, "judge": 0.7}, {"kl": 2.0, "judge": 0.6}]
+
+
+def test_our_side_makes_an_update_of_full_responses_from_random_weights(tmp_path: Path) -> None:
+    workload = WORKLOADS["shrunk"]
+    ctx = random_context(tmp_path, workload.shape, workload.ppo, ["ppo.total_episodes=8"], 0, torch.float32, "cpu")
+    trainer = build_trainer(ctx, load_tokenizer(ctx.inputs["sft"].model_dir))
+    row = timed_step(trainer)
+    assert trainer.ppo_step == 1
+    assert row["seconds"] >= row["generate"] + row["train"] > 0
+    assert row["dtypes"]["weights"] == row["dtypes"]["adam"] == "float32"
+    rollout = trainer.rollout(trainer.prompts.take(range(8)), stream=0, step=1)
+    assert bool(rollout.response_mask.all()) and rollout.response_mask.shape == (8, 16)
+    specs = side_specs(ctx, {"dtype": "bfloat16"})
+    assert specs["trl"]["stop_at_eos"] is False
+    assert sorted(specs["trl"]["prompts"]) == sorted(trainer.prompts.ids)
+    assert json.loads(json.dumps(specs))["trl"]["ppo"]["response_length"] == 16
+
+
+def test_medians_leave_the_warm_up_out() -> None:
+    common = {"generate": 1.0, "score": 0.0, "train": 1.0, "peak_gib": 2.0, "dtypes": {"weights": "float32"}}
+    seconds = {"trl": [90.0, 8.0, 6.0, 40.0], "ours": [50.0, 2.0, 4.0, 1.0]}
+    rows = [
+        {"side": side, "warmup": number == 0, "seconds": value} | common
+        for side, values in seconds.items()
+        for number, value in enumerate(values)
+    ]
+    result = summary(rows, episodes=16)
+    assert (result["trl"]["seconds"], result["ours"]["seconds"]) == (8.0, 2.0)
+    assert (result["trl"]["episodes_per_second"], result["ours"]["first"]) == (2.0, 50.0)
+    assert "4.00 times as fast" in table(result)
+
+
+def test_scores_are_compared_where_both_have_the_same_kl() -> None:
+    assert at_kl(CURVE, 3.0, "judge") == pytest.approx(0.65)
+    trl = [{"kl": 0.0, "judge": 0.5}, {"kl": 8.0, "judge": 0.6}]
+    results = [{"side": "ours", "seed": 3, "curve": CURVE}, {"side": "trl", "seed": 3, "curve": trl}]
+    (row,) = at_equal_kl([*results, {"side": "ours", "seed": 4, "curve": CURVE}], "judge")
+    assert (row["seed"], row["kl"], row["ours"]) == (3, 4.0, 0.7)
+    assert row["trl"] == pytest.approx(0.55)
+    assert row["along"] == pytest.approx(0.075)  # half of 0.15: both are straight lines from one point
+
+
+def test_the_report_shows_means_and_spread() -> None:
+    names = ("judge", "vader", "reward", "kl", "objective", "length", "eos_rate")
+    point = dict.fromkeys(names, 1.0) | {"kl": 0.0}
+    results = [
+        {"side": side, "seed": seed, "curve": [point, point | {"judge": value, "kl": 4.0}]}
+        for side, seed, value in (("ours", 0, 2.0), ("ours", 1, 4.0), ("trl", 0, 1.0))
+    ]
+    text = report(results)
+    assert "| ours | 2 | 3.000 ± 1.414 |" in text and "| trl | 1 | 1.000 |" in text
+    assert "| 0 | 4.000 | 2.000 | 1.000 | 1.000 | 0.500 |" in text
