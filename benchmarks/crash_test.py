@@ -283,7 +283,7 @@ class Crashes:
     def __init__(self, directory: Path, arguments: argparse.Namespace) -> None:
         self.directory, self.arguments = directory, arguments
         self.recipe = write_inputs(directory)
-        self.whole = directory / "whole"
+        self.root, self.whole = directory / "root", directory / "whole"  # all run at one path: adapters name their base
         self.numbers = random.Random(arguments.seed)
         self.stages = list(MODULES)[: max(list(MODULES).index(stage) for stage in arguments.stages) + 1]
 
@@ -298,11 +298,12 @@ class Crashes:
         seconds = {}
         for stage in self.stages:
             begun = time.monotonic()
-            attempt = self.start(stage, self.whole)
+            attempt = self.start(stage, self.root)
             while attempt.running():
                 time.sleep(0.01)
             self.expect_success(attempt)
             seconds[stage] = time.monotonic() - begun
+        self.root.rename(self.whole)
         return seconds
 
     def expect_success(self, attempt: Attempt) -> None:
@@ -315,16 +316,17 @@ class Crashes:
         """Disturbed runs of one stage until there were enough kills."""
         tally = Tally(stage, seconds)
         while tally.kills < self.arguments.kills:
-            root = self.directory / f"{stage}-{tally.runs}"
             for before in self.stages[: self.stages.index(stage)]:
-                shutil.copytree(self.whole / "crash" / before, root / "crash" / before)
-            self.disturbed_run(stage, root, tally)
+                shutil.copytree(self.whole / "crash" / before, self.root / "crash" / before)
+            self.disturbed_run(stage, self.root, tally)
             tally.runs += 1
-            different = compare(Artifact.load(self.whole / "crash" / stage), Artifact.load(root / "crash" / stage))
+            one, other = (Artifact.load(root / "crash" / stage) for root in (self.whole, self.root))
+            different = compare(one, other)
             if different:
-                tally.divergences.append(f"{root}: {', '.join(different)}")
+                kept = self.root.rename(self.directory / f"{stage}-{tally.runs}")
+                tally.divergences.append(f"{kept}: {', '.join(different)}")
             else:
-                shutil.rmtree(root)
+                shutil.rmtree(self.root)
         return tally
 
     def disturbed_run(self, stage: str, root: Path, tally: Tally) -> None:

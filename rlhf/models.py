@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.artifacts import inside, sha256_json
+from rlhf.artifacts import inside, sha256_json, write_json
 from rlhf.errors import UserError
 from rlhf.recipe import ModelSection, PeftSection, Recipe
 
@@ -594,6 +594,22 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     """
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+UNORDERED = ("target_modules", "modules_to_save", "exclude_modules")
+
+
+def save_adapter(model: PreTrainedModel, directory: Path, **options: Any) -> None:
+    """Write an adapter in PEFT's layout.
+
+    PEFT writes the names of its modules in the order of a set, which another process has in another order: the same
+    weights would be another artifact.
+    """
+    model.save_pretrained(directory, **options)
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {key: sorted(value) for key, value in config.items() if key in UNORDERED and isinstance(value, list)}
+    write_json(path, config)
 
 
 def check_tensors(state: dict[str, Tensor], directory: Path, kind: Literal["causal", "score"]) -> None:

@@ -401,7 +401,7 @@ def _disk_error(ctx: StageContext, error: Exception) -> int | None:
 
 
 # What a resumed stage goes on with; everything else in `.partial` is written again.
-CONTINUES = (CHECKPOINTS, FINGERPRINT, "metrics.jsonl", "samples.jsonl", "tensorboard")
+CONTINUES = (CHECKPOINTS, FINGERPRINT, "metrics.jsonl", "samples.jsonl", "tensorboard", "bad_batches")
 
 
 def _prepare_dir(ctx: StageContext, action: str) -> None:

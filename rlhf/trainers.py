@@ -22,7 +22,7 @@ from rlhf.checkpoints import check_environment, environment, newest_whole, seal
 from rlhf.errors import UserError
 from rlhf.interrupt import Interrupted, finish_step_first, requested
 from rlhf.logs import trainer_callback
-from rlhf.models import check_saved, check_tensors, compute_dtype, load_model, save_model
+from rlhf.models import check_saved, check_tensors, compute_dtype, load_model, save_adapter, save_model
 from rlhf.stage import StageContext
 from rlhf.yamlio import nearest
 
@@ -278,7 +278,7 @@ def save_trained(
     # Without accelerate's mixed-precision wrapper: what is saved is compared in float32.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if hasattr(model, "peft_config"):
-        model.save_pretrained(ctx.dir / "adapter", state_dict=state)
+        save_adapter(model, ctx.dir / "adapter", state_dict=state)
         model = merged(base, ctx.dir / "adapter", kind)
         save_model(model, tokenizer, ctx.dir / "model")
     else:

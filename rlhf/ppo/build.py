@@ -27,6 +27,7 @@ from rlhf.models import (
     lora_config,
     new_reward_model,
     response_logprobs,
+    save_adapter,
     save_model,
 )
 from rlhf.ppo.generation import CompiledGenerator, Generator, PlainGenerator
@@ -333,7 +334,7 @@ def _merge_lora(
     part = {key.replace(f".{name}.", ".default."): value for key, value in state.items() if f".{name}." in key}
     _load(model, part, "policy.", adapters_only=True)
     if adapter is not None:
-        model.save_pretrained(adapter)
+        save_adapter(model, adapter)
     return model.merge_and_unload()
 
 

@@ -1,5 +1,7 @@
 """The four shapes of policy and critic: what is trained, what is the reference, what is published."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -126,6 +128,9 @@ def test_what_is_published_is_what_was_trained(tmp_path, shape):
             if state[-1] != 0:  # the classifier reads at the last token that is not the pad id
                 assert_close(float(rollout.values[row, t]), float(critic(state[None]).logits.detach()), atol=1e-4)
     assert (ctx.dir / "adapter" / "adapter_model.safetensors").is_file() == shape.startswith("lora")
+    if shape.startswith("lora"):  # PEFT's own order is another one in another process
+        modules = json.loads((ctx.dir / "adapter" / "adapter_config.json").read_text())["target_modules"]
+        assert modules == sorted(modules) and len(modules) > 2
 
 
 @pytest.mark.parametrize("shape", LORA)

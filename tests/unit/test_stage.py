@@ -14,6 +14,7 @@ import pytest
 from rlhf import stage as stage_module
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
+from rlhf.ppo.guards import BAD_BATCHES
 from rlhf.stage import Stage, StageContext, differences, is_main_process, run_stage
 from tests.builders import (
     CHAT_TEMPLATE,
@@ -222,10 +223,12 @@ def test_an_interrupted_stage_resumes_where_it_was(root, recipe):
     partial = root / "toy" / "sft.partial"
     (partial / "metrics.jsonl").write_text("of the first attempt")
     (partial / "manifest.json.tmp").write_text("half a man")  # killed while it was written
+    (partial / BAD_BATCHES).mkdir()
+    (partial / BAD_BATCHES / "step_1.json").write_text("{}")
     artifact = run_stage(toy.stage, recipe, root)
     assert toy.built == [False, True]
     assert (artifact.path / "metrics.jsonl").read_text() == "of the first attempt"
-    assert sorted(artifact.manifest["files"]) == ["metrics.jsonl", "model/weights.bin"]
+    assert sorted(artifact.manifest["files"]) == [f"{BAD_BATCHES}/step_1.json", "metrics.jsonl", "model/weights.bin"]
     assert names(root / "toy") == ["sft"]
 
 
