@@ -233,7 +233,7 @@ def main() -> None:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if args.device == "cuda" else []
     about = {"workload": args.workload, "overrides": args.overrides, "commit": git_commit(), "gpus": gpus}
     about |= {"threads": args.threads, "trl_micro_batch": args.trl_micro_batch, "apart": args.apart}
-    about |= {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "packages": package_versions()}
+    about |= {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "our_packages": package_versions()}
     print(table(result))
     if args.out:
         Path(args.out).write_text(json.dumps(about | {"summary": result, "rows": rows}, indent=1), encoding="utf-8")

@@ -206,7 +206,7 @@ def main() -> None:
     print(report(results))
     if args.out:
         about = {"recipe": args.recipe, "overrides": [*MATCHED, *args.overrides], "every": args.every}
-        about |= {"commit": git_commit(), "packages": package_versions()}
+        about |= {"commit": git_commit(), "our_packages": package_versions()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(about | {"results": results}, indent=1), encoding="utf-8")
 
