@@ -44,7 +44,8 @@ MEASURES = ("judge", "vader", "reward", "kl", "objective", "length", "eos_rate")
 
 def context(args: argparse.Namespace, seed: int) -> StageContext:
     """The ppo stage with this seed on the artifacts of the finished run."""
-    overrides = [*MATCHED, f"seed={seed}", "logging.report_to=[]", "hardware.device=cpu", *args.overrides]
+    overrides = [*MATCHED, f"seed={seed}", "logging.report_to=[]", f"hardware.device={args.device}"]
+    overrides += ["hardware.precision=fp32", *args.overrides]
     recipe = load_recipe(args.recipe, overrides)
     return finished_run_context(args.workdir / "artifacts", args.run, recipe)
 
@@ -53,7 +54,7 @@ def train(args: argparse.Namespace, side: str, seed: int, out: Path) -> None:
     """Run one side with one seed in a process of its own; policies are left in `out`."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    trl = {"trl_micro_batch": args.trl_micro_batch, "dtype": "float32", "device": "cpu"}
+    trl = {"trl_micro_batch": args.trl_micro_batch, "dtype": "float32", "device": args.device}
     spec = side_specs(context(args, seed), trl)[side] | {"out": str(out), "every": args.every}
     path = out / "spec.json"
     path.write_text(json.dumps(spec), encoding="utf-8")
@@ -181,6 +182,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workdir", type=Path, required=True, help="policies and results; kept, to go on from")
     parser.add_argument("--trl-python", default=".venv-trl/bin/python", help="interpreter (a command) with TRL 1.12")
     parser.add_argument("--trl-micro-batch", type=int, default=64, help="episodes of TRL's forward and backward")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the training, in float32")
     parser.add_argument("--every", type=int, default=5, help="updates between saved policies")
     parser.add_argument("--finished", action="store_true", help="train nothing, report what is finished in --workdir")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
@@ -205,8 +207,13 @@ def main() -> None:
         raise SystemExit(f"error: nothing is finished in {args.workdir}")
     print(report(results))
     if args.out:
-        about = {"recipe": args.recipe, "overrides": [*MATCHED, *args.overrides], "every": args.every}
-        about |= {"commit": git_commit(), "our_packages": package_versions()}
+        about = {
+            "recipe": args.recipe,
+            "overrides": [*MATCHED, *args.overrides],
+            "every": args.every,
+            "device": args.device,
+        }
+        about |= {"commit": git_commit(), "packages": package_versions()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(about | {"results": results}, indent=1), encoding="utf-8")
 
