@@ -3,7 +3,7 @@
 With gamma = 1 the KL-regularised objective J(pi) = E_pi[r] - kl_coef KL(pi || ref) has a known maximum:
 pi*(y|x) proportional to ref(y|x) exp(r(x,y) / kl_coef). On a vocabulary of 12 tokens and responses of at most 3 every
 response can be enumerated, so the distance of a trained policy from pi* is a sum and not an estimate. Training is the
-real thing: the ppo stage's own trainer, from an SFT artifact on disk.
+real thing: the ppo stage's own trainer, from an SFT artifact on disk. The table goes to stdout, progress to stderr.
 
     python -m benchmarks.optimum             # the table of docs/ppo.md
     python -m benchmarks.optimum --quick     # one row of it, for the impatient
@@ -14,14 +14,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ.setdefault("TQDM_DISABLE", "1")  # the table is the output
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
