@@ -44,7 +44,9 @@ def padded(rollout, targets, left=3, right=2):
 def test_padding_packing_and_order_change_no_gradient(tmp_path, shape):
     trainer = toy_trainer(tmp_path, shape, SIZES)
     rollout = first_rollout(trainer)
-    assert len(set(rollout.lengths.tolist())) > 2  # else there is nothing to pad, pack or order
+    assert (
+        len({sum(pair) for pair in zip(rollout.prompt_lengths, rollout.response_lengths, strict=True)}) > 2
+    )  # else there is nothing to pad, pack or order
     draw = torch.Generator().manual_seed(0)
     rollout.logprobs = rollout.logprobs + 0.2 * torch.randn(rollout.logprobs.shape, generator=draw)  # ratios beside 1
     targets = Targets(*torch.randn(2, *rollout.values.shape, generator=draw))
