@@ -31,7 +31,7 @@ COMMON = --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(RUN),--run "$(RU
 STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 
-.PHONY: help setup pretrain sft reward ppo evaluate status notebook test test-slow test-gpu audit check format bench-env clean
+.PHONY: help setup pretrain sft reward ppo evaluate status notebook test test-slow test-gpu optimum mutation audit check format bench-env clean
 
 help: ## list the targets
 	@echo 'make sft reward ppo    runs the default recipe end to end. Variables:'
@@ -92,6 +92,15 @@ audit: $(STAMP) ## known vulnerabilities of the pinned packages (asks PyPI's adv
 	@$(PY) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[audit]"
 	@$(PY) -m pip_audit --requirement $(CONSTRAINTS) --no-deps --disable-pip --strict
 
+optimum: $(STAMP) ## how near PPO comes to the optimum that can be written down (docs/ppo.md)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m benchmarks.optimum
+
+mutation: $(STAMP) ## break the mathematics line by line and see which tests notice (docs/mutation.md)
+	@$(PY) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[mutation]"
+	@rm -rf mutants
+	@HYPOTHESIS_PROFILE=mutation HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run --max-children 1
+	@$(VENV)/bin/mutmut results
+
 format: $(STAMP) ## rewrite the code in the project's style
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
@@ -105,5 +114,5 @@ bench-env: $(CONSTRAINTS) ## prepare .venv-trl: TRL 1.12.0, which the benchmarks
 	@.venv-trl/bin/python -m pip install --quiet $(PIP_ARGS) -r .venv-trl/torch.txt -r benchmarks/requirements-trl.txt
 
 clean: ## remove caches (artifacts and .venv stay)
-	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis mutants build dist *.egg-info
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -51,8 +51,12 @@ def build_model(
     n_layer: int = 1,
     n_head: int = 2,
     seed: int = 0,
+    **settings: Any,
 ) -> GPT2LMHeadModel:
-    """A GPT-2-shaped model with random weights (about 9,000 by default), dropout off, in eval mode."""
+    """A GPT-2-shaped model with random weights (about 9,000 by default), dropout off, in eval mode.
+
+    `settings` are further ones of GPT2Config.
+    """
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -66,6 +70,7 @@ def build_model(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **settings,
     )
     return GPT2LMHeadModel(config).eval()
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SYMBOL = re.compile(r"`([\w./-]+\.py):([\w.]+)`")
-FILE = re.compile(r"`((?:rlhf|pipelines|tests|docs|data_recipes)/[\w./-]+\.\w+)`")
+FILE = re.compile(r"`((?:rlhf|pipelines|tests|docs|data_recipes|benchmarks)/[\w./-]+\.\w+)`")
 
 
 @pytest.fixture(params=PAGES, ids=lambda page: page.name)

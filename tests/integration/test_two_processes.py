@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.ppo import stage as ppo_stage
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.stage import run_stage
 from tests.builders import build_recipe
 from tests.ppo_toys import PEFT, build_artifacts, rows_of
@@ -49,9 +50,30 @@ def roots(tmp_path_factory):
         recipe = build_recipe(root, ppo=ppo, peft=PEFT if kind == "lora" else None)
         build_artifacts(root, lora=kind == "lora")
         if count == 1:
-            run_stage(ppo_stage.STAGE, recipe, root, "toy")
+            with pytest.MonkeyPatch.context() as patch:
+                record(patch, root, 0)
+                run_stage(ppo_stage.STAGE, recipe, root, "toy")
     launch([root for (_, count), root in made.items() if count == 2])
     return made
+
+
+def record(patch: pytest.MonkeyPatch, root: Path, rank: int) -> None:
+    """Write each ppo_step's whitened advantages and each optimizer step's gradient to `root/trace_RANK.pt`."""
+    trace: dict[str, list] = {"advantages": [], "gradients": []}
+    update, clip = PPOTrainer.update, PPOTrainer._clip_gradients
+
+    def spy_update(self, rollout, targets):
+        trace["advantages"].append(targets.advantages.clone())
+        statistics = update(self, rollout, targets)
+        torch.save(trace, root / f"trace_{rank}.pt")
+        return statistics
+
+    def spy_clip(self):
+        trace["gradients"].append([p.grad.clone() for p in self.parameters])
+        return clip(self)
+
+    patch.setattr(PPOTrainer, "update", spy_update)
+    patch.setattr(PPOTrainer, "_clip_gradients", spy_clip)
 
 
 def launch(roots: list[Path]) -> None:
@@ -81,6 +103,20 @@ def test_two_processes_log_the_run_of_one(roots, shape):
             assert_close(row[key], expected[key], rtol=1e-3, atol=1e-4)
     samples = [rows_of(roots[shape, count] / "toy" / "ppo" / "samples.jsonl") for count in (1, 2)]
     assert [row["response_ids"] for row in samples[0]] == [row["response_ids"] for row in samples[1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_has_the_advantages_and_gradients_of_one_process(roots, shape, rank):
+    one, two = (torch.load(roots[shape, count] / f"trace_{rank * (count - 1)}.pt") for count in (1, 2))
+    assert len(one["advantages"]) == 3 and len(one["gradients"]) == 3 * 2 * 8 // SHAPES[shape]
+    for expected, advantages in zip(one["advantages"], two["advantages"], strict=True):
+        assert_close(advantages, expected, rtol=1e-3, atol=1e-3)
+    scale = max(float(gradient.abs().max()) for step in one["gradients"] for gradient in step)
+    assert scale > 1e-2
+    for expected, gradients in zip(one["gradients"], two["gradients"], strict=True):
+        for gradient, wanted in zip(gradients, expected, strict=True):
+            assert_close(gradient, wanted, rtol=1e-3, atol=1e-3 * scale)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -131,7 +167,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     for root in map(Path, sys.argv[1:]):
-        run_stage(ppo_stage.STAGE, load_recipe(str(root / "toy.yaml")), root, "toy")
+        with pytest.MonkeyPatch.context() as patch:
+            record(patch, root, int(os.environ["RANK"]))
+            run_stage(ppo_stage.STAGE, load_recipe(str(root / "toy.yaml")), root, "toy")
     state = accelerate.PartialState()
     print(json.dumps({"rank": state.process_index, "processes": state.num_processes}), flush=True)
 

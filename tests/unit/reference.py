@@ -8,12 +8,7 @@ property tests share.
 import math
 from dataclasses import dataclass
 
-from hypothesis import settings
 from hypothesis import strategies as st
-
-# A busy CI machine is no counterexample: torch's first call alone can take longer than hypothesis' 200 ms.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
 
 Row = list[float]
 Grid = list[Row]

@@ -73,16 +73,16 @@ class TestAdaptiveKL:
         assert resumed.update(6.3, 64) == whole.update(6.3, 64)
 
     def test_state_of_another_kind_is_refused(self):
-        with pytest.raises(ValueError, match="holds a 'fixed' KL controller, the recipe asks for a 'adaptive' one"):
+        with pytest.raises(ValueError, match=r"resume with the recipe that the checkpoint was written by$"):
             AdaptiveKL(0.1, 6.0, 100).load_state_dict(FixedKL(0.1).state_dict())
-        with pytest.raises(ValueError, match="holds a 'adaptive' KL controller"):
+        with pytest.raises(ValueError, match="holds a 'adaptive' KL controller, the recipe asks for a 'fixed' one"):
             FixedKL(0.1).load_state_dict(AdaptiveKL(0.1, 6.0, 100).state_dict())
         with pytest.raises(ValueError, match=r"kl_coef is 0\.0; it must be finite and above 0"):
             AdaptiveKL(0.1, 6.0, 100).load_state_dict({"kind": "adaptive", "kl_coef": 0.0})
 
     def test_nan_does_not_poison_the_coefficient(self):
         controller = AdaptiveKL(0.1, 6.0, 100)
-        with pytest.raises(ValueError, match="kl is NaN"):
+        with pytest.raises(ValueError, match=r"^kl is NaN; leave this batch out before updating the KL coefficient$"):
             controller.update(math.nan, 64)
         assert controller.kl_coef == 0.1
 

@@ -113,6 +113,10 @@ class TestMergeMoments:
         mean, var, count = merge_moments(means, variances, torch.tensor([0, 7]))
         assert (mean.item(), var.item(), count.item()) == (5.0, 4.0, 7)
 
+    def test_a_single_entry_keeps_what_it_came_with(self):
+        merged = merge_moments(torch.tensor([5.0, 0.0]), torch.tensor([4.0, 0.0]), torch.tensor([1, 0]))
+        assert [m.item() for m in merged] == [5.0, 4.0, 1]
+
     def test_only_empty_parts(self):
         merged = merge_moments(torch.zeros(3), torch.zeros(3), torch.zeros(3, dtype=torch.int64))
         assert [m.item() for m in merged] == [0.0, 0.0, 0]
