@@ -47,10 +47,14 @@ def estimate(ctx: StageContext) -> list[str]:
     Weights and optimiser are exact; activations are the usual 16 bytes x layers x width per token (34 without
     flash-like attention), logits 12 bytes x vocabulary per token. Expect it within a factor of 1.5.
     """
+    from rlhf.models import LOGITS_BYTES
+
     parameters, width, vocab = parameter_count(ctx)
     name, recipe = ctx.stage.name, ctx.recipe
     tokens, trained, frozen = _work(ctx, parameters)
     activations, logits = tokens * width * 34, 0 if name == "reward" else tokens * vocab * 12
+    if name == "ppo":
+        logits = min(logits, 3 * LOGITS_BYTES)  # computed in chunks
     total = trained * TRAINED + frozen * 4 + activations + logits
     return [
         f"{name}: {parameters / 1e6:.1f} M parameters; {trained / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen",
@@ -69,7 +73,8 @@ def _work(ctx: StageContext, parameters: int) -> tuple[int, int, int]:
         copies = 1 if ppo.critic == "shared" else 2
         rewards = sum(source.artifact is not None for source in ppo.rewards)
         trained = copies * (adapters or parameters)
-        frozen = parameters if adapters else parameters * (1 + rewards)
+        sampling = 0 if ppo.generator == "plain" or recipe.hardware.device == "cpu" else parameters  # a bf16 copy
+        frozen = sampling + (parameters if adapters else parameters * (1 + rewards))
         return ppo.max_tokens_per_micro_batch, trained, frozen
     if name == "evaluate":
         return 64 * recipe.ppo.response_length, 0, 2 * parameters
