@@ -169,9 +169,9 @@ def distance(p: Tensor, q: Tensor) -> float:
     return 0.5 * float((p.exp() - q.exp()).abs().sum(-1).mean())
 
 
-def lost(policy: Tensor, best: Tensor, reference: Tensor) -> float:
-    """Probability under the reference of the responses that `policy` gives less than 1/1000 of what pi* gives them."""
-    return float(torch.where(policy < best - math.log(1000), reference.exp(), 0).sum(-1).mean())
+def lost(policy: Tensor, best: Tensor) -> float:
+    """Probability under pi* of the responses that `policy` gives less than a thousandth of that."""
+    return float(torch.where(policy < best - math.log(1000), best.exp(), 0).sum(-1).mean())
 
 
 def destination(exact: Exact, kl_coef: float, estimator: str, rate: float = 0.1, steps: int = 4000) -> Tensor:
@@ -238,7 +238,7 @@ def row(shape: str, kl_coef: float, estimator: str, found: list[Exact]) -> str:
         f"{gain(Exact(target[..., None], found[0].reference, found[0].rewards), kl_coef):.1%}",
         f"{mean([kl(policy, best) for policy in policies]):.3f}",
         f"{mean([kl(policy, reference) for policy in policies]):.2f}; {kl(best, reference):.2f}",
-        f"{mean([lost(policy, best, reference) for policy in policies]):.1%}",
+        f"{mean([lost(policy, best) for policy in policies]):.1%}",
     ]
     return line(cells)
 
