@@ -45,12 +45,13 @@ SETTINGS = {
     "num_ppo_epochs": 4,
     "max_tokens_per_micro_batch": 8192,
     "temperature": 1.0,
+    "warmup_ratio": 0.3,  # a large first update forgets responses that are then too rare to be found again
     "vf_coef": 0.5,  # values as large as here are learned sooner so, and without the clip
     "cliprange_value": None,
     "missing_eos_penalty": None,  # a response that is cut is a response like any other
     "best_metric": None,
 }
-RATES = {"full": {"learning_rate": 3e-3}, "lora": {"learning_rate": 4e-3}}  # falling to 0, as in every run
+RATES = {"full": {"learning_rate": 2e-3}, "lora": {"learning_rate": 4e-3}}  # falling to 0, as in every run
 
 
 # --------------------------------------------------------------------------------------------------------- the problem
@@ -168,9 +169,9 @@ def distance(p: Tensor, q: Tensor) -> float:
     return 0.5 * float((p.exp() - q.exp()).abs().sum(-1).mean())
 
 
-def lost(policy: Tensor, best: Tensor, reference: Tensor) -> float:
-    """Probability under the reference of the responses that `policy` gives less than 1/1000 of what pi* gives them."""
-    return float(torch.where(policy < best - math.log(1000), reference.exp(), 0).sum(-1).mean())
+def lost(policy: Tensor, best: Tensor) -> float:
+    """Probability under pi* of the responses that `policy` gives less than a thousandth of that."""
+    return float(torch.where(policy < best - math.log(1000), best.exp(), 0).sum(-1).mean())
 
 
 def destination(exact: Exact, kl_coef: float, estimator: str, rate: float = 0.1, steps: int = 4000) -> Tensor:
@@ -237,7 +238,7 @@ def row(shape: str, kl_coef: float, estimator: str, found: list[Exact]) -> str:
         f"{gain(Exact(target[..., None], found[0].reference, found[0].rewards), kl_coef):.1%}",
         f"{mean([kl(policy, best) for policy in policies]):.3f}",
         f"{mean([kl(policy, reference) for policy in policies]):.2f}; {kl(best, reference):.2f}",
-        f"{mean([lost(policy, best, reference) for policy in policies]):.1%}",
+        f"{mean([lost(policy, best) for policy in policies]):.1%}",
     ]
     return line(cells)
 
@@ -251,7 +252,7 @@ def main() -> None:
     """Print the table as Markdown, row by row."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=1, help="runs per row")
-    parser.add_argument("--steps", type=int, default=150, help="ppo_steps of 512 episodes")
+    parser.add_argument("--steps", type=int, default=160, help="ppo_steps of 512 episodes")
     parser.add_argument("--quick", action="store_true", help="the first row only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -7,7 +7,13 @@ from benchmarks.optimum import Exact, destination, distance, gain, kl, optimum, 
 from tests.tolerances import assert_close
 
 KL_COEF = 0.5
-SHORT = {"kl_coef": KL_COEF, "rollout_batch_size": 256, "mini_batch_size": 256, "total_episodes": 256 * 80}
+SHORT = {
+    "kl_coef": KL_COEF,
+    "rollout_batch_size": 256,
+    "mini_batch_size": 256,
+    "total_episodes": 256 * 80,
+    "learning_rate": 3e-3,
+}
 
 
 @pytest.fixture(scope="module")
