@@ -458,15 +458,20 @@ class ActorCritic(nn.Module):
         full weights, shared: `value_head` on the policy's trunk, log-probs and values from one forward;
         LoRA, separate: adapters "policy" and "critic" on one base, `value_head` on the base with "critic" active;
         LoRA, shared: `value_head` on the base with "policy" active.
+
+    `value_bias` is there where the critic's head comes from a reward model, which has none: see `calibrate`.
     """
 
-    def __init__(self, policy: nn.Module, critic: nn.Module | None, value_head: nn.Linear | None) -> None:
+    def __init__(
+        self, policy: nn.Module, critic: nn.Module | None, value_head: nn.Linear | None, value_bias: bool = False
+    ) -> None:
         super().__init__()
         if (critic is None) == (value_head is None):
             raise ValueError("give exactly one of critic and value_head")
         self.policy = policy
         self.critic = critic
         self.value_head = value_head
+        self.value_bias = nn.Parameter(torch.zeros(1)) if value_bias else None
         adapters = getattr(policy, "peft_config", {})
         self.has_adapters = bool(adapters)
         self.critic_adapter = "critic" if "critic" in adapters else None
@@ -506,7 +511,15 @@ class ActorCritic(nn.Module):
             logprobs, entropy, hidden = response_logprobs(
                 self.policy, input_ids, attention_mask, length, temperature, mode == "rollout", self.plain_head
             )
-        return Outputs(logprobs, self._values(hidden, input_ids, attention_mask, length), entropy)
+        values = self._values(hidden, input_ids, attention_mask, length)
+        return Outputs(logprobs, values if self.value_bias is None else values + self.value_bias, entropy)
+
+    @torch.no_grad()
+    def calibrate(self, scale: float, offset: float) -> None:
+        """Make every value V from now on scale * V + offset."""
+        head = self.value_head if self.critic is None else self.critic.score
+        head.weight.mul_(scale)
+        self.value_bias.mul_(scale).add_(offset)
 
     def _values(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         if self.critic is not None:

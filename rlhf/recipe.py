@@ -232,6 +232,11 @@ class PPOSection(Section):
 
     critic: Literal["separate", "shared"] = Field("separate", description="Own trunk, or a value head on the policy's.")
     critic_init: Literal["reward", "sft"] = Field("reward", description="N+: reward model.")
+    calibrate_critic: bool = Field(
+        True,
+        description="Fit scale and offset of a critic from the reward model to the first rollout's returns. Needs "
+        "critic: separate and critic_init: reward.",
+    )
     critic_warmup_steps: int = Field(0, ge=0, description="First ppo_steps that train the critic alone.")
 
     eval_every: int | None = Field(None, ge=1, description="ppo_steps between held-out evaluations; null = never.")
@@ -284,6 +289,11 @@ class PPOSection(Section):
         if self.critic_init == "reward" and not any(s.artifact for s in self.rewards):
             raise ValueError("critic_init 'reward' needs a reward artifact in `rewards`; set critic_init: sft")
         return self
+
+    @property
+    def calibrates_critic(self) -> bool:
+        """Whether there is a head to calibrate: one that was trained as a reward model's."""
+        return self.calibrate_critic and self.critic == "separate" and self.critic_init == "reward"
 
     @property
     def total_steps(self) -> int:

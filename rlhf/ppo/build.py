@@ -50,7 +50,7 @@ def build_actor_critic(ctx: StageContext) -> ActorCritic:
         if config.critic == "shared":
             model = ActorCritic(policy, None, value_head(policy, ctx.seed))
         else:
-            model = ActorCritic(policy, _build_critic(ctx), None)
+            model = ActorCritic(policy, _build_critic(ctx), None, config.calibrates_critic)
     # Sampling is described by the recipe; the base's own top-k or repetition penalty would make another policy.
     model.policy.generation_config = GenerationConfig()
     for part in (model.policy, model.critic):
@@ -120,11 +120,11 @@ def _build_lora(ctx: StageContext) -> ActorCritic:
         heads[name] = nn.Linear(head.in_features, 1, bias=False)
         with torch.no_grad():
             heads[name].weight.copy_(load_reward_adapter(policy, artifact, name))
-    model = ActorCritic(policy, None, head)
+    model = ActorCritic(policy, None, head, config.calibrates_critic)
     model.reward_heads = heads
     for name, parameter in model.named_parameters():
         trained = ".policy." in name or ".critic." in name
-        parameter.requires_grad_(name.startswith("value_head") or (trained and "lora_" in name))
+        parameter.requires_grad_(name.startswith("value_") or (trained and "lora_" in name))
     return model
 
 

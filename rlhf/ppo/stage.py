@@ -191,6 +191,8 @@ def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: PreTrainedTokeni
     metrics |= {"published_ppo_step": best, "ppo_steps": trainer.ppo_step}
     if best == 0:
         logger.warning("no ppo_step was better than the SFT model by %s: it is published", ctx.recipe.ppo.best_metric)
+    if "value_bias" in state:  # a sequence classifier's head has no place for it
+        metrics["critic_bias"] = float(state["value_bias"])
     if trainer.accelerator.is_main_process:
         publish_models(ctx, tokenizer, state)
         write_card(ctx, metrics, "Policy aligned with PPO; its critic is beside it in `critic/`.")

@@ -31,7 +31,7 @@ from rlhf.ppo.generation import Generator
 from rlhf.ppo.guards import BadUpdates, bad_rollout, bad_update
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
-from rlhf.ppo.masking import masked_mean, masked_moments, masked_whiten
+from rlhf.ppo.masking import affine_fit, masked_mean, masked_moments, masked_whiten
 from rlhf.ppo.perf import FlopCounter, matmul_peak, padding_share
 from rlhf.ppo.rewards import RunningMoments, ScoreSource, aggregate, shape_scores
 from rlhf.ppo.rollout import (
@@ -189,6 +189,8 @@ class PPOTrainer:
         rewards = token_rewards(rollout.scores, kl, mask, self.kl_controller.kl_coef)
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
+        if self.ppo_step == 0 and config.calibrates_critic:
+            self._calibrate_critic(rollout, rewards)
 
         # 4. Advantages, whitened over the global batch, and the critic's targets.
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
@@ -307,6 +309,19 @@ class PPOTrainer:
             config.missing_eos_penalty,
             config.missing_eos_mode,
         )
+
+    def _calibrate_critic(self, rollout: Rollout, rewards: Tensor) -> None:
+        """Fit the critic's scale and offset to the returns of the first rollout.
+
+        A reward model was taught at the last token alone. Before it, its score is on a scale of its own: on `tiny` the
+        mean is two standard deviations off and half of the spread is noise, which advantages then are full of.
+        """
+        mask = rollout.response_mask
+        returns, _ = gae(rewards, torch.zeros_like(rewards), mask, self.config.gamma, lam=1.0)
+        scale, offset = affine_fit(rollout.values, returns, mask)
+        if math.isfinite(scale) and math.isfinite(offset):  # else the rollout is bad, and is not learned from
+            self.accelerator.unwrap_model(self.model).calibrate(scale, offset)
+            rollout.values = torch.where(mask, scale * rollout.values + offset, 0)
 
     def evaluate(self) -> tuple[dict[str, float], Rollout | None]:
         """The current policy on held-out prompts, always with the same random numbers: metrics and responses."""
