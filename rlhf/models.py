@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from importlib import util
@@ -300,6 +301,34 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+_EXPLICIT_MASKS = ContextVar("explicit_masks", default=False)
+
+
+@contextmanager
+def explicit_masks() -> Iterator[None]:
+    """Forwards in here are given their whole attention mask.
+
+    From a mask of padding transformers asks the device whether there is any padding, and waits for its answer; that
+    cannot be recorded in a CUDA graph.
+    """
+    token = _EXPLICIT_MASKS.set(True)
+    try:
+        yield
+    finally:
+        _EXPLICIT_MASKS.reset(token)
+
+
+def _mask_inputs(attention_mask: Tensor) -> dict[str, Tensor]:
+    """`attention_mask` and `position_ids` of a forward without a cache; see `explicit_masks`."""
+    positions = position_ids(attention_mask)
+    if not _EXPLICIT_MASKS.get():
+        return {"attention_mask": attention_mask, "position_ids": positions}
+    place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    causal, itself = place[:, None] >= place, place[:, None] == place  # padding sees itself: softmax of nothing is NaN
+    seen = attention_mask.bool()[:, None, :] & causal | itself
+    return {"attention_mask": seen.unsqueeze(1), "position_ids": positions}
+
+
 def trunk_of(model: nn.Module) -> nn.Module:
     """The transformer without its head (`model.model`, `model.transformer`, ...), through PEFT wrappers."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -347,9 +376,8 @@ def response_logprobs(
     with captured_hidden_states(model) as states:
         out = model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
             use_cache=False,
+            **_mask_inputs(attention_mask),
             **keep_last(model, length + 1),
         )
     logits = out.logits[:, -(length + 1) : -1]
@@ -377,7 +405,8 @@ def _chunked_logprobs(
         parts = [compute(flat, wanted, temperature, entropy)]
     else:
         pieces = zip(flat.split(size), wanted.split(size), strict=True)
-        parts = [checkpoint(compute, *piece, temperature, entropy, use_reentrant=False) for piece in pieces]
+        again = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)  # nothing random in there
+        parts = [again(*piece, temperature, entropy) for piece in pieces]
     logprobs = torch.cat([part[0] for part in parts]).view(tokens.shape)
     entropies = torch.cat([part[1] for part in parts]).view(tokens.shape) if entropy else None
     return logprobs, entropies
@@ -436,9 +465,7 @@ def keep_last(model: nn.Module, count: int) -> dict[str, int]:
 
 def hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Last hidden states [B,T,D], after the final norm."""
-    return trunk(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
-    ).last_hidden_state
+    return trunk(input_ids=input_ids, use_cache=False, **_mask_inputs(attention_mask)).last_hidden_state
 
 
 @dataclass

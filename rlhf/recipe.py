@@ -195,6 +195,12 @@ class PPOSection(Section):
         "auto", description="torch.compile of the transformer blocks. auto: on a GPU, from 200 ppo_steps on."
     )
 
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Micro-batches as CUDA graphs: a small model's kernels run faster than a host launches them. "
+        "auto: with one GPU, up to 500 million parameters.",
+    )
+
     learning_rate: float = Field(3e-6, gt=0, description="AdamW peak, linear to 0. N+.")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of optimizer steps with rising learning rate.")
     adam_eps: float = Field(1e-5, gt=0, description="N+: 1e-5, not PyTorch's 1e-8.")

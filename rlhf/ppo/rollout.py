@@ -14,9 +14,8 @@ from functools import cached_property
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf.models import Outputs
 from rlhf.ppo.generation import Generated, Generator
 from rlhf.ppo.generation.plain import left_pad
 from rlhf.ppo.packing import plan_micro_batches
@@ -35,6 +34,7 @@ class Rollout:
         raw_scores: per reward source [B]; scores: [B] what PPO maximises.
         prompts, responses: text, for reward functions and people.
         columns: extra dataset columns, by name.
+        multiple: batches have multiples of this many prompt and response columns, so that their shapes come again.
     """
 
     prompt_ids: Tensor
@@ -52,6 +52,7 @@ class Rollout:
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))
     raw_scores: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    multiple: int = 1
 
     @cached_property
     def prompt_lengths(self) -> list[int]:
@@ -66,12 +67,24 @@ class Rollout:
     def batch(self, rows: Sequence[int]) -> Batch:
         """The given rows with padding trimmed to what they need."""
         index = torch.tensor(rows, device=self.prompt_ids.device)
-        prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
-        width = max(self.prompt_lengths[row] for row in rows)
-        length = max(self.response_lengths[row] for row in rows)
-        ids = [self.prompt_ids[index][:, -width:], self.response_ids[index][:, :length]]
-        mask = [prompt_mask[:, -width:], response_mask[:, :length].long()]
+        width = self._columns(max(self.prompt_lengths[row] for row in rows))
+        length = self._columns(max(self.response_lengths[row] for row in rows))
+        ids = [_last(self.prompt_ids[index], width), _first(self.response_ids[index], length)]
+        mask = [_last(self.prompt_mask[index], width), _first(self.response_mask[index].long(), length)]
         return Batch(index, torch.cat(ids, dim=1), torch.cat(mask, dim=1), length)
+
+    def _columns(self, needed: int) -> int:
+        return -(-needed // self.multiple) * self.multiple
+
+
+def _first(x: Tensor, width: int) -> Tensor:
+    """The first columns of x [B,T], zeros after them where there are fewer: [B,width]."""
+    return torch.nn.functional.pad(x[:, :width], (0, max(0, width - x.shape[1])))
+
+
+def _last(x: Tensor, width: int) -> Tensor:
+    """The last columns of x [B,T], zeros before them where there are fewer: [B,width]."""
+    return torch.nn.functional.pad(x[:, -width:], (max(0, width - x.shape[1]), 0))
 
 
 @dataclass
@@ -84,8 +97,8 @@ class Batch:
     length: int
 
     def fit(self, x: Tensor) -> Tensor:
-        """These rows of `x` [B,R], cut to [b,R']."""
-        return x[self.index][:, : self.length]
+        """These rows of `x` [B,R], cut to [b,R']; 0 (False) in columns that `x` does not have."""
+        return _first(x[self.index], self.length)
 
 
 class PromptStream:
@@ -139,6 +152,7 @@ def sample(
     decode: Callable[[Sequence[int]], str],
     prompts: list[str],
     columns: dict[str, list],
+    multiple: int = 1,
 ) -> Rollout:
     """Sample one response per prompt, each rank its share, and give every rank the whole."""
     share = my_share(len(prompt_ids), accelerator)
@@ -158,6 +172,7 @@ def sample(
         prompts=prompts,
         responses=[decode(row) for row in kept],
         columns=columns,
+        multiple=multiple,
     )
 
 
@@ -198,30 +213,25 @@ def evaluate_tokens(
         outputs = forward(batch)
         if not counts:
             continue
+        length = min(batch.length, mask.shape[1])
         for result, output in zip(results, outputs, strict=True):
-            result[batch.index, : batch.length] = torch.where(batch.fit(mask), output.float(), 0.0)
+            kept = torch.where(batch.fit(mask), output.float(), 0.0)
+            result[batch.index, :length] = kept[:, :length]
     # Each row is filled on one rank and zero on the others: the sum is the whole.
     return [accelerator.reduce(result, "sum") for result in results]
 
 
 def add_logprobs_and_values(
-    rollout: Rollout,
-    model: nn.Module,
-    reference: Callable[[Batch], Tensor],
-    temperature: float,
-    max_tokens: int,
-    accelerator: Accelerator,
+    rollout: Rollout, read: Callable[..., Sequence[Tensor]], max_tokens: int, accelerator: Accelerator
 ) -> None:
-    """Fill in log-probabilities, values, entropy and the reference's log-probabilities.
+    """Fill in log-probabilities, values, entropy and the reference's log-probabilities, as `read` gives them.
 
     They come from the forward that training uses, not from the sampler: the first ratio is 1 whatever the back end.
     """
-
-    def forward(batch: Batch) -> Sequence[Tensor]:
-        out: Outputs = model(batch.input_ids, batch.attention_mask, batch.length, temperature, mode="rollout")
-        assert out.entropy is not None
-        return out.logprobs, out.values, out.entropy, reference(batch)
-
     rollout.logprobs, rollout.values, rollout.entropy, rollout.ref_logprobs = evaluate_tokens(
-        rollout, forward, 4, max_tokens, accelerator
+        rollout,
+        lambda batch: read(batch.input_ids, batch.attention_mask, length=batch.length),
+        4,
+        max_tokens,
+        accelerator,
     )

@@ -29,6 +29,7 @@ from rlhf.ppo.build import (
     is_adapter_of,
     publish_models,
     wants_compile,
+    wants_graphs,
 )
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.trainer import PPOTrainer, Prompts
@@ -160,6 +161,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     generator = build_generator(ctx, actor_critic, tokenizer, accelerator)  # it may copy the policy: before compiling
     if wants_compile(ctx, accelerator.device):
         compile_blocks(actor_critic)
+    graphs = wants_graphs(ctx, actor_critic, accelerator)
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
     eval_prompts = None
     if config.eval_every:
@@ -171,7 +173,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         model=model,
         optimizer=optimizer,
         reference=Reference(ctx, model, accelerator),
-        rewards=build_rewards(ctx, model, accelerator),
+        rewards=build_rewards(ctx, model, accelerator, graphs),
         generator=generator,
         prompts=load_prompts(config.data, config.split, renderer, config.max_prompt_length),
         eval_prompts=eval_prompts,
@@ -181,6 +183,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         accelerator=accelerator,
         writer=writer,
         checkpointer=Checkpointer(ctx.checkpoints, accelerator, config.keep_checkpoints, ctx.continued),
+        graphs=graphs,
     )
 
 

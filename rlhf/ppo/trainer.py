@@ -28,6 +28,7 @@ from rlhf.ppo.advantages import gae, kl_penalty, token_rewards
 from rlhf.ppo.alerts import Alerts
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.generation import Generator
+from rlhf.ppo.graphs import GRAPH_COLUMNS, Graphed
 from rlhf.ppo.guards import BadUpdates, bad_rollout, bad_update
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
@@ -92,6 +93,7 @@ class PPOTrainer:
         pad_id: for left-padding prompts.
         seed: of sampling, of the order of prompts and of mini-batches.
         accelerator, writer, checkpointer: placement, logs, resume.
+        graphs: replay micro-batches as CUDA graphs (one process, not sharded).
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class PPOTrainer:
         accelerator: Accelerator,
         writer: MetricsWriter,
         checkpointer: Checkpointer,
+        graphs: bool = False,
     ) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
         self.reference, self.rewards, self.generator = reference, rewards, generator
@@ -133,6 +136,9 @@ class PPOTrainer:
         )
         self.bad_updates = BadUpdates(writer.directory, config.max_bad_updates, accelerator)
         self.alerts = Alerts(config)
+        self.graphs = graphs
+        self.read = Graphed(self._read, graphs)
+        self.forward_backward = Graphed(self._forward_backward, graphs, prepare=self._allocate_gradients)
 
     # ------------------------------------------------------------------------------------------------------ the run
     def train(self) -> None:
@@ -179,9 +185,7 @@ class PPOTrainer:
 
         # 2. Score the responses; log-probabilities of policy and reference, values of the critic.
         self.score(rollout, update=True)
-        add_logprobs_and_values(
-            rollout, self.model, self.reference, config.temperature, config.max_tokens_per_micro_batch, self.accelerator
-        )
+        add_logprobs_and_values(rollout, self.read, config.max_tokens_per_micro_batch, self.accelerator)
         mask = rollout.response_mask
 
         # 3. Reward of each token: -kl_coef * KL, and the score on the last one.
@@ -232,20 +236,25 @@ class PPOTrainer:
 
         Where the loss or the gradient is not finite, on any rank, no rank takes the step.
         """
-        config, ranks = self.config, self.accelerator.num_processes
+        ranks = self.accelerator.num_processes
         tokens = sum(
             rollout.response_lengths[row] for row in rows
         )  # of the whole mini-batch, all ranks: the denominator
         totals = torch.zeros(6, device=rollout.response_mask.device)
-        batches = list(micro_batches(rollout, rows, config.max_tokens_per_micro_batch, self.accelerator))
+        waits = self.ppo_step < self.config.critic_warmup_steps  # the policy, while a fresh critic finds its feet
+        forward_backward = self._forward_backward if waits else self.forward_backward
+        batches = list(micro_batches(rollout, rows, self.config.max_tokens_per_micro_batch, self.accelerator))
         for number, (batch, counts) in enumerate(batches):
             last = number == len(batches) - 1
             with _sync_gradients(self.accelerator, self.model, last):
-                loss, parts = self._losses(rollout, targets, batch, tokens)
                 # DDP and FSDP average gradients over ranks; ours are shares of one sum.
-                self.accelerator.backward(loss * ranks * float(counts))
-            totals += parts * float(counts)
-        if self.ppo_step < config.critic_warmup_steps:  # the policy waits while a fresh critic finds its feet
+                totals += forward_backward(
+                    *(batch.input_ids, batch.attention_mask, batch.fit(rollout.response_mask)),
+                    *(batch.fit(rollout.logprobs), batch.fit(targets.advantages)),
+                    *(batch.fit(rollout.values), batch.fit(targets.returns)),
+                    *(totals.new_tensor(tokens), totals.new_tensor(ranks * float(counts))),
+                ) * float(counts)
+        if waits:
             for parameter in self.accelerator.unwrap_model(self.model).policy_parameters():
                 parameter.grad = None
         norm = totals.new_tensor([self._clip_gradients() / ranks])  # the same on every rank: summed, it is itself
@@ -253,25 +262,63 @@ class PPOTrainer:
         statistics = dict(zip(STATISTICS, values, strict=True))
         if not bad_update(statistics):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.graphs)
         return statistics
 
-    def _losses(self, rollout: Rollout, targets: Targets, batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
-        """Loss of one micro-batch (its share of the mini-batch's) and six statistics, shares as well."""
-        config, mask = self.config, batch.fit(rollout.response_mask)
-        new: Outputs = self.model(batch.input_ids, batch.attention_mask, batch.length, config.temperature)
-        old_logprobs, advantages = batch.fit(rollout.logprobs), batch.fit(targets.advantages)
-        old_values, returns = batch.fit(rollout.values), batch.fit(targets.returns)
+    def _forward_backward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        logprobs: Tensor,
+        advantages: Tensor,
+        values: Tensor,
+        returns: Tensor,
+        tokens: Tensor,
+        weight: Tensor,
+    ) -> Tensor:
+        """Gradients of one micro-batch (its share of the mini-batch's); returns six statistics, shares as well.
+
+        Tensors alone, for the sake of a CUDA graph: input [b,P'+R'], the others [b,R'], `tokens` and `weight` scalars.
+        """
+        new: Outputs = self.model(input_ids, attention_mask, mask.shape[1], self.config.temperature)
+        loss, parts = self._losses(new, mask, logprobs, advantages, values, returns, tokens)
+        self.accelerator.backward(loss * weight)
+        return parts
+
+    def _losses(
+        self,
+        new: Outputs,
+        mask: Tensor,
+        logprobs: Tensor,
+        advantages: Tensor,
+        values: Tensor,
+        returns: Tensor,
+        tokens: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
         pg_loss, pg_clipfrac, approxkl = policy_loss(
-            new.logprobs, old_logprobs, advantages, mask, config.cliprange, denominator=tokens
+            new.logprobs, logprobs, advantages, mask, config.cliprange, denominator=tokens
         )
-        vf_loss, vf_clipfrac = value_loss(
-            new.values, old_values, returns, mask, config.cliprange_value, denominator=tokens
-        )
-        log_ratio = torch.where(mask, new.logprobs.detach() - old_logprobs, 0)
+        vf_loss, vf_clipfrac = value_loss(new.values, values, returns, mask, config.cliprange_value, denominator=tokens)
+        log_ratio = torch.where(mask, new.logprobs.detach() - logprobs, 0)
         ratio = torch.where(mask, log_ratio.exp(), 0).sum() / tokens
         parts = torch.stack([pg_loss.detach(), pg_clipfrac, approxkl, vf_loss.detach(), vf_clipfrac, ratio])
         return pg_loss + config.vf_coef * vf_loss, parts
+
+    @torch.no_grad()
+    def _read(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> tuple[Tensor, ...]:
+        """Log-probabilities, values, entropy and the reference's log-probabilities [b,R'] of responses."""
+        out: Outputs = self.model(input_ids, attention_mask, length, self.config.temperature, mode="rollout")
+        assert out.entropy is not None
+        batch = Batch(input_ids.new_empty(0), input_ids, attention_mask, length)
+        return out.logprobs, out.values, out.entropy, self.reference(batch)
+
+    def _allocate_gradients(self) -> None:
+        """A CUDA graph adds to gradients where they are: they must be there, and stay."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     # ----------------------------------------------------------------------------------------------------- parts of it
     def rollout(self, prompts: Prompts, stream: int, step: int) -> Rollout:
@@ -289,6 +336,7 @@ class PPOTrainer:
             self.decode,
             prompts.texts,
             prompts.columns,
+            GRAPH_COLUMNS if self.graphs else 1,
         )
 
     def score(self, rollout: Rollout, update: bool) -> None:
@@ -329,14 +377,7 @@ class PPOTrainer:
             return {}, None
         rollout = self.rollout(self.eval_prompts, EVAL, 0)
         self.score(rollout, update=False)
-        add_logprobs_and_values(
-            rollout,
-            self.model,
-            self.reference,
-            self.config.temperature,
-            self.config.max_tokens_per_micro_batch,
-            self.accelerator,
-        )
+        add_logprobs_and_values(rollout, self.read, self.config.max_tokens_per_micro_batch, self.accelerator)
         kl = _per_response(kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1"), rollout.response_mask)
         score = float(rollout.scores.mean())
         metrics = {

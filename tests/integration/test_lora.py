@@ -55,7 +55,8 @@ def test_one_backward_reaches_every_trained_adapter_and_nothing_else(tmp_path, s
     graded = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     adapters = {"policy", "critic"} if shape == "lora-separate" else {"policy"}
     expected = {n for n, _ in model.named_parameters() if "lora_" in n and n.split(".")[-2] in adapters}
-    assert graded == expected | {"value_head.weight"}
+    calibrated = {"value_bias"} if shape == "lora-separate" else set()
+    assert graded == expected | {"value_head.weight"} | calibrated
     assert all(p.grad is None for name, p in model.named_parameters() if name not in graded)
     assert graded == {name for name, p in model.named_parameters() if p.requires_grad}
 

@@ -11,6 +11,7 @@ from rlhf.models import (
     check_saved,
     check_tensors,
     disable_dropout,
+    explicit_masks,
     has_plain_head,
     init_score_head,
     last_position,
@@ -91,6 +92,20 @@ def test_response_logprobs_are_those_of_a_plain_forward(name, left, right, pad):
         assert_close(logprobs[row, :n], expected[0], atol=1e-5)
         assert_close(entropy[row, :n], expected[1], atol=1e-5)
         assert_close(hidden[row, :n], expected[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_an_explicit_mask_says_the_same_as_one_of_padding(name):
+    model = MODELS[name]()
+    ids, mask, length = joined(PROMPTS, RESPONSES, 3, 2)
+    short = response_logprobs(model, ids, mask, length, TEMPERATURE, entropy=True)
+    with explicit_masks():
+        whole = response_logprobs(model, ids, mask, length, TEMPERATURE, entropy=True)
+    keep = mask[:, -length:].bool()
+    for a, b in zip(short, whole, strict=True):
+        assert_close(b[keep], a[keep], atol=1e-5)
+        assert torch.isfinite(b).all()  # padding, too: one NaN in a mini-batch is one too many
 
 
 @torch.no_grad()

@@ -102,6 +102,24 @@ def test_dummy_micro_batches_do_not_count():
     assert_close(first[0] + other[0], torch.ones(2, 6))
 
 
+def test_columns_in_multiples_change_nothing_but_padding():
+    """Wider than the rollout itself, too: its tensors are padded on the outer sides."""
+    plain, wide = (rollout_of([[1, 2, 3], [1, 2, 3, 4, 5], [1, 2]], [4, 1, 6]) for _ in range(2))
+    wide.multiple = 4
+    a, b = plain.batch([0, 2]), wide.batch([0, 2])
+    assert (a.input_ids.shape, a.length) == ((2, 3 + 6), 6)
+    assert (b.input_ids.shape, b.length) == ((2, 4 + 8), 8)
+    assert torch.equal(a.input_ids, b.input_ids[:, 1:10])
+    assert torch.equal(a.attention_mask, b.attention_mask[:, 1:10])
+    assert b.attention_mask.sum() == a.attention_mask.sum()
+    assert torch.equal(b.fit(wide.response_mask)[:, :6], a.fit(plain.response_mask))
+    assert not b.fit(wide.response_mask)[:, 6:].any()
+    results = []
+    for rollout in (plain, wide):
+        results += evaluate_tokens(rollout, lambda batch: [batch.input_ids[:, -batch.length :].float()], 1, 100, rank())
+    assert torch.equal(*results)
+
+
 def test_evaluate_tokens_puts_rows_in_their_place_and_zero_on_padding():
     rollout = rollout_of([[1, 2], [1], [1, 2, 3]], [1, 4, 2])
     nan = float("nan")
