@@ -254,8 +254,8 @@ class Reference:
         )[0]
 
 
-def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator, graphs: bool) -> list[ScoreSource]:
-    """The recipe's reward sources in order; `graphs`: their forwards become CUDA graphs."""
+def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator, graph_pool: Any) -> list[ScoreSource]:
+    """The recipe's reward sources in order. With a `graph_pool` their forwards become CUDA graphs."""
     shared = shared_rewards(ctx)
     sources: list[ScoreSource] = []
     for number, source in enumerate(ctx.recipe.ppo.rewards):
@@ -268,7 +268,7 @@ def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator,
         statistics = artifact.manifest["reward_statistics"]
         forward = _shared_forward(model, f"reward{number}") if f"reward{number}" in shared else None
         if forward is None:
-            forward = _frozen_forward(ctx, artifact, accelerator, graphs)
+            forward = _frozen_forward(ctx, artifact, accelerator, graph_pool)
         name = _unique(Path(source.artifact).name, sources)
         sources.append(ModelScore(name, source.weight, forward, statistics["mean"], statistics["std"]))
     return sources
@@ -283,12 +283,12 @@ def _shared_forward(model: nn.Module, name: str) -> Any:
     return lambda batch: model(batch.input_ids, batch.attention_mask, batch.length, 1.0, mode=f"reward:{name}")
 
 
-def _frozen_forward(ctx: StageContext, artifact: Artifact, accelerator: Accelerator, graphs: bool) -> Any:
+def _frozen_forward(ctx: StageContext, artifact: Artifact, accelerator: Accelerator, graph_pool: Any) -> Any:
     reward = load_model(artifact.model_dir, "score", dtype=compute_dtype(ctx.recipe))
     scorer = Scorer(reward).to(accelerator.device).eval().requires_grad_(False)
     if wants_compile(ctx, accelerator.device):
         compile_blocks(reward)
-    graphed = Graphed(scorer, graphs)
+    graphed = Graphed(scorer, graph_pool)
     return lambda batch: graphed(batch.input_ids, batch.attention_mask)
 
 

@@ -28,20 +28,19 @@ class Graphed:
 
     Args:
         function: tensors (and plain keyword arguments, which belong to the shape) -> a tensor or a tuple of them.
-        enabled: False calls `function` and does nothing else.
+        pool: `torch.cuda.graph_pool_handle()`, shared by graphs that never run at the same time and end together;
+            None calls `function` and does nothing else.
         prepare: called before a recording, such as to allocate gradients at their final place.
     """
 
-    pool: Any = None  # of all graphs: they never run at the same time
-
-    def __init__(self, function: Callable[..., Any], enabled: bool, prepare: Callable[[], None] | None = None) -> None:
-        self.function, self.enabled, self.prepare = function, enabled, prepare
+    def __init__(self, function: Callable[..., Any], pool: Any, prepare: Callable[[], None] | None = None) -> None:
+        self.function, self.pool, self.prepare = function, pool, prepare
         self.seen: Counter = Counter()
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]] = {}
 
     def __call__(self, *tensors: Tensor, **static: Any) -> Any:
         """As `function`."""
-        if not self.enabled:
+        if self.pool is None:
             return self.function(*tensors, **static)
         key = (tuple((tensor.shape, tensor.dtype) for tensor in tensors), tuple(static.items()))
         with explicit_masks():
@@ -58,12 +57,10 @@ class Graphed:
         return outputs.clone() if isinstance(outputs, Tensor) else tuple(output.clone() for output in outputs)
 
     def _record(self, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> tuple:
-        if Graphed.pool is None:
-            Graphed.pool = torch.cuda.graph_pool_handle()
         if self.prepare is not None:
             self.prepare()
         inputs = tuple(tensor.clone() for tensor in tensors)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=Graphed.pool):
+        with torch.cuda.graph(graph, pool=self.pool):
             outputs = self.function(*inputs, **static)
         return graph, inputs, outputs

@@ -161,7 +161,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     generator = build_generator(ctx, actor_critic, tokenizer, accelerator)  # it may copy the policy: before compiling
     if wants_compile(ctx, accelerator.device):
         compile_blocks(actor_critic)
-    graphs = wants_graphs(ctx, actor_critic, accelerator)
+    graph_pool = torch.cuda.graph_pool_handle() if wants_graphs(ctx, actor_critic, accelerator) else None
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
     eval_prompts = None
     if config.eval_every:
@@ -173,7 +173,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         model=model,
         optimizer=optimizer,
         reference=Reference(ctx, model, accelerator),
-        rewards=build_rewards(ctx, model, accelerator, graphs),
+        rewards=build_rewards(ctx, model, accelerator, graph_pool),
         generator=generator,
         prompts=load_prompts(config.data, config.split, renderer, config.max_prompt_length),
         eval_prompts=eval_prompts,
@@ -183,7 +183,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         accelerator=accelerator,
         writer=writer,
         checkpointer=Checkpointer(ctx.checkpoints, accelerator, config.keep_checkpoints, ctx.continued),
-        graphs=graphs,
+        graph_pool=graph_pool,
     )
 
 

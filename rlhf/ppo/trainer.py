@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -93,7 +94,7 @@ class PPOTrainer:
         pad_id: for left-padding prompts.
         seed: of sampling, of the order of prompts and of mini-batches.
         accelerator, writer, checkpointer: placement, logs, resume.
-        graphs: replay micro-batches as CUDA graphs (one process, not sharded).
+        graph_pool: of CUDA graphs that replay micro-batches (one process, not sharded); None = no graphs.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class PPOTrainer:
         accelerator: Accelerator,
         writer: MetricsWriter,
         checkpointer: Checkpointer,
-        graphs: bool = False,
+        graph_pool: Any = None,
     ) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
         self.reference, self.rewards, self.generator = reference, rewards, generator
@@ -136,9 +137,9 @@ class PPOTrainer:
         )
         self.bad_updates = BadUpdates(writer.directory, config.max_bad_updates, accelerator)
         self.alerts = Alerts(config)
-        self.graphs = graphs
-        self.read = Graphed(self._read, graphs)
-        self.forward_backward = Graphed(self._forward_backward, graphs, prepare=self._allocate_gradients)
+        self.graphs = graph_pool is not None
+        self.read = Graphed(self._read, graph_pool)
+        self.forward_backward = Graphed(self._forward_backward, graph_pool, prepare=self._allocate_gradients)
 
     # ------------------------------------------------------------------------------------------------------ the run
     def train(self) -> None:
