@@ -21,6 +21,9 @@ from rlhf.ppo.generation import Generated, Generator
 from rlhf.ppo.generation.plain import left_pad
 from rlhf.ppo.packing import plan_micro_batches
 
+# What a micro-batch costs beside its tokens, in tokens: Python and small kernels; on a GPU launches, while it waits.
+CPU_OVERHEAD, GPU_OVERHEAD = 64, 2048
+
 
 @dataclass
 class Rollout:
@@ -64,28 +67,50 @@ class Rollout:
         return self.response_mask.sum(1).tolist()
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """The given rows with padding trimmed to what they need."""
+        """The given rows, each prompt next to its response, padded on the left to the longest of them."""
         index = torch.tensor(rows, device=self.prompt_ids.device)
-        prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
-        width = max(self.prompt_lengths[row] for row in rows)
+        width = max(self.prompt_lengths[row] + self.response_lengths[row] for row in rows)
         length = max(self.response_lengths[row] for row in rows)
-        ids = [self.prompt_ids[index][:, -width:], self.response_ids[index][:, :length]]
-        mask = [prompt_mask[:, -width:], response_mask[:, :length].long()]
-        return Batch(index, torch.cat(ids, dim=1), torch.cat(mask, dim=1), length)
+        responses = self.response_mask[index].sum(1, keepdim=True)
+        tokens = self.prompt_mask[index].sum(1, keepdim=True) + responses
+        columns = torch.arange(width, device=index.device) - width
+        ends = self.prompt_ids.shape[1] + responses  # of each row in prompt_ids and response_ids side by side
+        ids = torch.cat([self.prompt_ids[index], self.response_ids[index]], dim=1)
+        return Batch(
+            index=index,
+            input_ids=ids.gather(1, (ends + columns).clamp(min=0)),
+            attention_mask=(columns >= -tokens).long(),
+            length=length,
+            shift=length - responses,
+        )
 
 
 @dataclass
 class Batch:
-    """Rows of a rollout as a model takes them: `input_ids`, `attention_mask` [b,P'+R'], `length` = R'."""
+    """Rows of a rollout as a model takes them, left-padded: T' = longest row, R' = `length` of the longest response.
+
+    Attributes:
+        index: [b] rows of the rollout.
+        input_ids, attention_mask: [b,T'].
+        length: R'; responses end in the last column, where those of a rollout begin in the first.
+        shift: [b,1] columns by which each response is moved for that.
+    """
 
     index: Tensor
     input_ids: Tensor
     attention_mask: Tensor
     length: int
+    shift: Tensor
 
     def fit(self, x: Tensor) -> Tensor:
-        """These rows of `x` [B,R], cut to [b,R']."""
-        return x[self.index][:, : self.length]
+        """These rows of `x` [B,R], responses moved to the end, [b,R']; 0 where there is no response."""
+        columns = torch.arange(self.length, device=x.device) - self.shift
+        return x[self.index].gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 0)
+
+    def unfit(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The other way round: `x` [b,R'] with responses moved to the front, [b,R]; 0 where `mask` [B,R] is False."""
+        columns = torch.arange(mask.shape[1], device=x.device) + self.shift
+        return torch.where(mask[self.index], x.gather(1, columns.clamp(max=self.length - 1)), 0)
 
 
 class PromptStream:
@@ -165,6 +190,13 @@ def _tensors(generated: Generated) -> tuple[Tensor, ...]:
     return generated.response_ids, generated.response_mask, generated.finished, generated.logprobs
 
 
+def plan(rollout: Rollout, rows: Sequence[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
+    """`plan_micro_batches` of these rows, as positions in `rows`."""
+    lengths = [rollout.prompt_lengths[row] + rollout.response_lengths[row] for row in rows]
+    overhead = CPU_OVERHEAD if rollout.prompt_ids.device.type == "cpu" else GPU_OVERHEAD
+    return plan_micro_batches(lengths, max_tokens, ranks, overhead)
+
+
 def micro_batches(
     rollout: Rollout, rows: Sequence[int], max_tokens: int, accelerator: Accelerator
 ) -> Iterator[tuple[Batch, bool]]:
@@ -173,10 +205,7 @@ def micro_batches(
     Yields:
         A batch and whether it counts: where this rank has fewer than others, it repeats a row that must not count.
     """
-    prompts = [rollout.prompt_lengths[row] for row in rows]
-    lengths = [rollout.prompt_lengths[row] + rollout.response_lengths[row] for row in rows]
-    plan = plan_micro_batches(lengths, max_tokens, accelerator.num_processes, prompts)
-    for micro in plan[accelerator.process_index]:
+    for micro in plan(rollout, rows, max_tokens, accelerator.num_processes)[accelerator.process_index]:
         yield rollout.batch([rows[i] for i in micro] or [rows[0]]), bool(micro)
 
 
@@ -199,7 +228,7 @@ def evaluate_tokens(
         if not counts:
             continue
         for result, output in zip(results, outputs, strict=True):
-            result[batch.index, : batch.length] = torch.where(batch.fit(mask), output.float(), 0.0)
+            result[batch.index] = batch.unfit(output.float(), mask)
     # Each row is filled on one rank and zero on the others: the sum is the whole.
     return [accelerator.reduce(result, "sum") for result in results]
 

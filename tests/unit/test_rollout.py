@@ -70,14 +70,23 @@ def test_shares_are_equally_long_and_gather_to_the_whole(count, ranks):
 
 
 # ------------------------------------------------------------------------------------------------------ micro-batches
-def test_a_batch_is_trimmed_to_its_rows():
-    rollout = rollout_of([[1, 5], [1, 5, 6, 7], [1]], [2, 3, 6])
+def test_a_batch_is_trimmed_to_its_longest_row():
+    rollout = rollout_of([[1, 5], [1, 5, 6, 7], [1]], [2, 3, 4])
     batch = rollout.batch([0, 2])
-    assert batch.length == 6
-    assert batch.input_ids.tolist() == [[1, 5, 10, 11, 0, 0, 0, 0], [0, 1, 10, 11, 12, 13, 14, 15]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1]]
-    assert batch.fit(rollout.response_mask).shape == (2, 6)
-    assert rollout.batch([0]).fit(rollout.response_ids).tolist() == [[10, 11]]
+    assert batch.length == 4
+    assert batch.input_ids.tolist() == [[0, 1, 5, 10, 11], [1, 10, 11, 12, 13]]
+    assert batch.attention_mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert rollout.batch([1, 0]).input_ids.tolist() == [[1, 5, 6, 7, 10, 11, 12], [0, 0, 0, 1, 5, 10, 11]]
+    assert rollout.batch([0]).input_ids.tolist() == [[1, 5, 10, 11]]
+
+
+def test_responses_are_moved_to_the_end_of_a_batch_and_back():
+    rollout = rollout_of([[1, 5], [1, 5, 6, 7], [1]], [2, 3, 4])
+    batch = rollout.batch([2, 0])
+    assert batch.fit(rollout.response_ids).tolist() == [[10, 11, 12, 13], [0, 0, 10, 11]]
+    assert batch.fit(rollout.response_mask).tolist() == [[True] * 4, [False, False, True, True]]
+    moved = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
+    assert batch.unfit(moved, rollout.response_mask).tolist() == [[1, 2, 3, 4, 0, 0], [7, 8, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
