@@ -28,7 +28,6 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.ppo import stage as ppo_stage
 from rlhf.ppo.advantages import kl_penalty
-from rlhf.ppo.rollout import Batch
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.stage import StageContext, load_inputs
 from tests.builders import EOS, PAD, build_model, build_recipe, build_sft_artifact, write_data_recipe, write_rows
@@ -132,9 +131,9 @@ def enumerate_exactly(trainer: PPOTrainer) -> Exact:
     parts = []
     for prompt, text in zip(trainer.prompts.ids, trainer.prompts.texts, strict=True):
         ids = torch.cat([torch.tensor(prompt).expand(len(responses), -1), responses], dim=1)
-        batch = Batch(torch.arange(len(ids)), ids, torch.ones_like(ids), LENGTH)
-        policy = trainer.model(batch.input_ids, batch.attention_mask, LENGTH, trainer.config.temperature).logprobs
-        both = torch.stack([policy, trainer.reference(batch)]).double()
+        mask = torch.ones_like(ids)
+        policy = trainer.model(ids, mask, LENGTH, trainer.config.temperature).logprobs
+        both = torch.stack([policy, trainer.reference(ids, mask, LENGTH)]).double()
         scores = torch.tensor(trainer.rewards[0].function([text] * len(texts), texts), dtype=torch.float64)
         parts.append((*torch.where(counts, both, -torch.tensor(size).log()), scores))
     exact = Exact(*(torch.stack(part) for part in zip(*parts, strict=True)))

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import NewGELUActivation
 
 from rlhf.artifacts import inside, sha256_json, write_json
 from rlhf.errors import UserError
@@ -159,6 +160,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("model", path, error) from None
     disable_dropout(model)
+    fuse_gelu(model)
     return model
 
 
@@ -218,6 +220,14 @@ def disable_dropout(model: nn.Module) -> None:
     for key in DROPOUT_KEYS:
         if getattr(config, key, None):
             setattr(config, key, 0.0)  # some attention code reads the config at run time
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """GPT-2's GELU, the tanh approximation, as one kernel instead of eight: measured, half the time on a CPU."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def init_score_head(model: PreTrainedModel, seed: int) -> None:
@@ -387,12 +397,11 @@ def response_logprobs(
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
     """Log-probability [...] in float32 of each token under its logits [...,V] / temperature; entropy [...] or None."""
     logits = logits.float() / temperature
-    log_z = logits.logsumexp(dim=-1)
-    logprobs = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_z
-    if not entropy:
-        return logprobs, None
-    probs = (logits - log_z.unsqueeze(-1)).exp()
-    return logprobs, log_z - (probs * logits).sum(dim=-1)  # H = log Z - E[logit]
+    if not entropy:  # fused: one pass over the logits forward, one backward
+        losses = nn.functional.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
+        return -losses.view(tokens.shape), None
+    logprobs = logits.log_softmax(dim=-1)
+    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
 def _chunked_logprobs(

@@ -34,7 +34,6 @@ from rlhf.ppo.generation import CompiledGenerator, Generator, PlainGenerator
 from rlhf.ppo.generation.compiled import unsupported
 from rlhf.ppo.graphs import Graphed
 from rlhf.ppo.rewards import FunctionScore, ModelScore, ScoreSource
-from rlhf.ppo.rollout import Batch
 from rlhf.stage import StageContext
 
 COMPILE_FROM_STEPS = 200
@@ -245,13 +244,13 @@ class Reference:
                 compile_blocks(self.frozen)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """[b,R'] in nats."""
         if self.frozen is None:
-            return self.model(batch.input_ids, batch.attention_mask, batch.length, self.temperature, mode="reference")
-        return response_logprobs(
-            self.frozen, batch.input_ids, batch.attention_mask, batch.length, self.temperature, False, self.chunked
-        )[0]
+            return self.model(input_ids, attention_mask, length, self.temperature, mode="reference")
+        return response_logprobs(self.frozen, input_ids, attention_mask, length, self.temperature, False, self.chunked)[
+            0
+        ]
 
 
 def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator, graph_pool: Any) -> list[ScoreSource]:

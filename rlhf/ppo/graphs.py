@@ -16,8 +16,8 @@ from torch import Tensor
 from rlhf.models import explicit_masks
 
 EAGER_CALLS = 2  # with the same shapes, before they are recorded: kernels are compiled and chosen, and most shapes pass
-GRAPH_COLUMNS = 32  # prompts and responses are padded to multiples of it, so that few shapes come
-MAX_GRAPHS = 16  # each keeps a little memory; activations share one pool
+GRAPH_MULTIPLES = 8, 32  # rows and columns of batches are padded to multiples, so that few shapes come
+MAX_GRAPHS = 64  # each keeps a little memory; activations share one pool
 
 
 class Graphed:

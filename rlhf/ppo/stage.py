@@ -148,7 +148,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         lr=config.learning_rate,
         eps=config.adam_eps,
         weight_decay=0.0,
-        fused=accelerator.device.type == "cuda" or None,
+        fused=True,
     )
     if accelerator.is_fsdp2:
         # Accelerate's own policy rounds what leaves the module to bf16 (log-probabilities!), and reduces gradients so.

@@ -29,7 +29,7 @@ from rlhf.ppo.advantages import gae, kl_penalty, token_rewards
 from rlhf.ppo.alerts import Alerts
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.generation import Generator
-from rlhf.ppo.graphs import GRAPH_COLUMNS, Graphed
+from rlhf.ppo.graphs import GRAPH_MULTIPLES, Graphed
 from rlhf.ppo.guards import BadUpdates, bad_rollout, bad_update
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
@@ -37,7 +37,6 @@ from rlhf.ppo.masking import affine_fit, masked_mean, masked_moments, masked_whi
 from rlhf.ppo.perf import FlopCounter, matmul_peak, padding_share
 from rlhf.ppo.rewards import RunningMoments, ScoreSource, aggregate, shape_scores
 from rlhf.ppo.rollout import (
-    Batch,
     PromptStream,
     Rollout,
     add_logprobs_and_values,
@@ -86,7 +85,7 @@ class PPOTrainer:
         config: the recipe's `ppo` section.
         model: ActorCritic as `accelerator.prepare` returned it.
         optimizer: prepared; its parameters are the trainable ones of `model`.
-        reference: log-probabilities [b,R'] of a batch under the reference policy.
+        reference: (input ids, attention mask, R') -> log-probabilities [b,R'] under the reference policy.
         rewards: weighted sources of scores.
         generator: samples responses of the current policy.
         prompts, eval_prompts: what is trained and evaluated on.
@@ -102,7 +101,7 @@ class PPOTrainer:
         config: PPOSection,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        reference: Callable[[Batch], Tensor],
+        reference: Callable[[Tensor, Tensor, int], Tensor],
         rewards: list[ScoreSource],
         generator: Generator,
         prompts: Prompts,
@@ -312,8 +311,7 @@ class PPOTrainer:
         """Log-probabilities, values, entropy and the reference's log-probabilities [b,R'] of responses."""
         out: Outputs = self.model(input_ids, attention_mask, length, self.config.temperature, mode="rollout")
         assert out.entropy is not None
-        batch = Batch(input_ids.new_empty(0), input_ids, attention_mask, length)
-        return out.logprobs, out.values, out.entropy, self.reference(batch)
+        return out.logprobs, out.values, out.entropy, self.reference(input_ids, attention_mask, length)
 
     def _allocate_gradients(self) -> None:
         """A CUDA graph adds to gradients where they are: they must be there, and stay."""
@@ -337,7 +335,7 @@ class PPOTrainer:
             self.decode,
             prompts.texts,
             prompts.columns,
-            GRAPH_COLUMNS if self.graphs else 1,
+            GRAPH_MULTIPLES if self.graphs else (1, 1),
         )
 
     def score(self, rollout: Rollout, update: bool) -> None:

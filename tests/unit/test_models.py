@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers.activations import NewGELUActivation
 
 from rlhf.models import (
     ActorCritic,
@@ -55,6 +56,17 @@ def llama():
 
 
 MODELS = {"gpt2": gpt2, "llama": llama}
+
+
+def test_gpt2_gets_one_gelu_kernel_and_the_same_outputs(tmp_path):
+    plain = gpt2()
+    save_model(plain, build_tokenizer(), tmp_path)
+    fused = load_model(tmp_path)
+    kinds = {type(block.mlp.act) for block in fused.transformer.h}
+    assert kinds == {nn.GELU} and isinstance(plain.transformer.h[0].mlp.act, NewGELUActivation)
+    ids = torch.tensor([[1, 40, 41, 60]])
+    assert_close(fused(ids).logits, plain(ids).logits, atol=1e-5)
+    assert fused.config.activation_function == "gelu_new"  # what is saved loads as before
 
 
 def joined(prompts, responses, left=0, right=0, pad=0):
