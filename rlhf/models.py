@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 transformers.utils.logging.disable_progress_bar()  # one bar per stage, not one per loaded or written file
 
-LOGITS_BYTES = 2**30  # of float32 logits held at once where they can be computed in chunks
+LOGITS_BYTES = 2**29  # of float32 logits held at once where they can be computed in chunks
 # Whether models may run Python code that they ship: `model.trust_remote_code`, set once per stage by
 # `rlhf.stage.allow_remote_code`. One switch, so that no load forgets it: later stages load what the base shipped, too.
 trust_remote_code = False

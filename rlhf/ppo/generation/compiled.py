@@ -285,8 +285,16 @@ class CompiledGenerator:
 
 @torch.no_grad()
 def sampling_copy(policy: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A plain copy of the policy in `dtype`, without adapters; `copy_weights` fills it."""
-    plain: Any = copy.deepcopy(policy)
+    """A plain copy of the policy in `dtype`, without adapters; `copy_weights` fills it.
+
+    Frozen weights that no adapter changes, such as the embeddings under LoRA, are not copied where the dtype is theirs.
+    """
+    shared = {
+        id(parameter): parameter
+        for name, parameter in policy.named_parameters()
+        if not parameter.requires_grad and parameter.dtype == dtype and ".base_layer." not in name
+    }
+    plain: Any = copy.deepcopy(policy, shared)
     if hasattr(policy, "peft_config"):
         plain = plain.unload()
     plain.requires_grad_(False).eval()
