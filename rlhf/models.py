@@ -449,10 +449,15 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 def keep_residuals_in(dtype: torch.dtype, model: PreTrainedModel) -> None:
     """Run the residual stream in `dtype`, as the frozen bf16 copies do: autocast alone leaves it in float32.
 
-    Policy and reference then round alike, and every elementwise step moves half the bytes.
+    Policy and reference then round alike, and every elementwise step moves half the bytes. Without autocast (saved
+    weights are checked in float32) nothing is rounded.
     """
+
+    def rounded(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        return out.to(dtype) if torch.is_autocast_enabled(out.device.type) else out
+
     if dtype != torch.float32:
-        model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.to(dtype))
+        model.get_input_embeddings().register_forward_hook(rounded)
 
 
 def compile_blocks(model: nn.Module) -> None:

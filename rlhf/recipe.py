@@ -116,6 +116,9 @@ class RewardSection(Section):
     max_length: int = Field(1024, ge=2, description="Longest prompt + response in tokens; longer pairs are dropped.")
     normalize_samples: int = Field(256, ge=2, description="SFT samples whose score mean and std go into the manifest.")
     limit: int | None = Field(None, ge=1, description="Use at most this many training pairs.")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of the transformer blocks. auto: on a GPU, from 1000 optimizer steps on."
+    )
     baselines: bool = Field(True, description="Report length-only and TF-IDF baselines beside the accuracy.")
     trainer: dict[str, Any] = Field({}, description="Passed to TRL's RewardConfig, checked before anything loads.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
