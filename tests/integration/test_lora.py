@@ -128,7 +128,9 @@ def test_what_is_published_is_what_was_trained(tmp_path, shape):
         for t in range(int(mask[row].sum())):
             state = torch.cat([prompt, rollout.response_ids[row, :t]])
             if state[-1] != 0:  # the classifier reads at the last token that is not the pad id
-                assert_close(float(rollout.values[row, t]), float(critic(state[None]).logits.detach()) + bias, atol=1e-4)
+                assert_close(
+                    float(rollout.values[row, t]), float(critic(state[None]).logits.detach()) + bias, atol=1e-4
+                )
     assert (ctx.dir / "adapter" / "adapter_model.safetensors").is_file() == shape.startswith("lora")
     if shape.startswith("lora"):  # PEFT's own order is another one in another process
         modules = json.loads((ctx.dir / "adapter" / "adapter_config.json").read_text())["target_modules"]
