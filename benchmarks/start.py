@@ -53,6 +53,7 @@ class Shape:
         sizes: of the config, by its own names.
         prompt_tokens: shortest and longest prompt.
         ends: whether EOS is a token that the policy can sample; if not, every response has full length.
+        eos: its number if it is.
     """
 
     family: str
@@ -60,11 +61,12 @@ class Shape:
     sizes: dict[str, int] = field(default_factory=dict)
     prompt_tokens: tuple[int, int] = (128, 128)
     ends: bool = False
+    eos: int = EOS
 
     @property
     def eos_id(self) -> int:
         """One past the logits where responses must not end: a token that no model can sample."""
-        return EOS if self.ends else self.vocab
+        return self.eos if self.ends else self.vocab
 
     def config(self) -> PretrainedConfig:
         """transformers' config of the model."""
