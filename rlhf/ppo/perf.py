@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from rlhf.models import ActorCritic, trunk_of
 from rlhf.ppo.rollout import Rollout, plan
@@ -65,6 +66,11 @@ class FlopCounter:
 def _matmul_weights(model: nn.Module) -> int:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in embeddings)
+
+
+def compilations() -> int:
+    """Graphs that torch.compile has made in this process so far; it has to stop growing after the first steps."""
+    return counters["stats"]["unique_graphs"]
 
 
 def padding_share(rollout: Rollout, max_tokens: int, ranks: int) -> float:

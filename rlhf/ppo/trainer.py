@@ -34,7 +34,7 @@ from rlhf.ppo.guards import BadUpdates, bad_rollout, bad_update
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
 from rlhf.ppo.masking import affine_fit, masked_mean, masked_moments, masked_whiten
-from rlhf.ppo.perf import FlopCounter, matmul_peak, padding_share
+from rlhf.ppo.perf import FlopCounter, compilations, matmul_peak, padding_share
 from rlhf.ppo.rewards import RunningMoments, ScoreSource, aggregate, shape_scores
 from rlhf.ppo.rollout import (
     PromptStream,
@@ -439,6 +439,7 @@ class PPOTrainer:
             "perf/train_seconds": now - scored,
             "perf/tokens_per_second": float(rollout.response_mask.sum()) / (now - started),
             "perf/peak_memory_gib": peak_memory_gib(),
+            "perf/compilations": compilations(),
         }
 
     def _mini_batches(self) -> Iterator[list[int]]:
