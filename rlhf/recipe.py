@@ -191,7 +191,9 @@ class PPOSection(Section):
     stop_strings: list[str] = Field([], description="For base models: a response ends where one of these appears.")
 
     generator: Literal["auto", "plain", "compiled"] = Field(
-        "auto", description="plain: transformers' generate. compiled: slots and a CUDA graph. auto: compiled on a GPU."
+        "auto",
+        description="plain: transformers' generate. compiled: slots and a CUDA graph. auto: compiled on a GPU, from "
+        "5 ppo_steps on.",
     )
     generation_slots: int = Field(256, ge=1, description="Responses under way at once on one device (compiled).")
     compile: Literal["auto", "on", "off"] = Field(

@@ -6,6 +6,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.models import set_active_adapter
+from rlhf.ppo.build import wants_slots
 from rlhf.ppo.generation import CompiledGenerator, PlainGenerator
 from rlhf.ppo.generation.compiled import copy_weights, sampling_copy, unsupported
 from rlhf.ppo.rollout import uniforms
@@ -140,3 +141,17 @@ def test_what_slots_cannot_sample_is_said(tmp_path):
     assert "full attention" in unsupported(windowed)
     with pytest.raises(UserError, match=r"stop_strings.*set ppo\.generator: plain"):
         toy_trainer(tmp_path, ppo={"generator": "compiled", "stop_strings": ["."]})
+
+
+@pytest.mark.parametrize(
+    ("choice", "steps", "device", "slots"),
+    [
+        ("auto", 5, "cuda", True),
+        ("auto", 4, "cuda", False),  # over before the recording has paid
+        ("auto", 1000, "cpu", False),
+        ("compiled", 1, "cpu", True),
+        ("plain", 1000, "cuda", False),
+    ],
+)
+def test_auto_takes_slots_where_a_run_is_long_enough(choice, steps, device, slots):
+    assert wants_slots(choice, steps, torch.device(device)) is slots
