@@ -190,11 +190,12 @@ class PPOSection(Section):
     )
     stop_strings: list[str] = Field([], description="For base models: a response ends where one of these appears.")
 
-    generator: Literal["auto", "plain", "compiled"] = Field(
+    generator: Literal["auto", "plain", "compiled", "vllm"] = Field(
         "auto",
         description="plain: transformers' generate. compiled: slots and a CUDA graph. auto: compiled on a GPU, from "
-        "5 ppo_steps on.",
+        "5 ppo_steps on. vllm: vLLM in the same process (full weights, CUDA; install it yourself).",
     )
+    vllm_memory: float = Field(0.3, gt=0, lt=1, description="Share of the GPU's memory that vLLM may take.")
     generation_slots: int = Field(256, ge=1, description="Responses under way at once on one device (compiled).")
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile of the transformer blocks. auto: on a GPU, from 200 ppo_steps on."

@@ -32,6 +32,7 @@ from rlhf.models import (
 )
 from rlhf.ppo.generation import CompiledGenerator, Generator, PlainGenerator
 from rlhf.ppo.generation.compiled import unsupported
+from rlhf.ppo.generation.vllm import VLLMGenerator
 from rlhf.ppo.graphs import Graphed
 from rlhf.ppo.rewards import FunctionScore, ModelScore, ScoreSource
 from rlhf.stage import StageContext
@@ -186,10 +187,16 @@ def build_generator(
     """The back end that `ppo.generator` names.
 
     Raises:
-        UserError: `compiled` cannot sample from this model.
+        UserError: `compiled` or `vllm` cannot sample from this model, or vLLM is not installed.
     """
     config, dtype = ctx.recipe.ppo, compute_dtype(ctx.recipe)
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if config.generator == "vllm":
+        if sharded or model.has_adapters:
+            raise UserError("ppo.generator vllm: needs the whole, full weights on each rank: set ppo.generator: auto")
+        length = config.max_prompt_length + config.response_length
+        policy: Any = model.policy
+        return VLLMGenerator(policy, tokenizer, accelerator, length, config.vllm_memory, config.stop_strings)
     reason = unsupported(model.policy)
     if config.stop_strings:
         reason = "ppo.stop_strings are looked for in text"
