@@ -31,7 +31,7 @@ COMMON = --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(RUN),--run "$(RU
 STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 
-.PHONY: help setup pretrain sft reward ppo evaluate status notebook test test-slow test-gpu optimum mutation audit check format bench-env clean
+.PHONY: help setup pretrain sft reward ppo evaluate status notebook test test-slow test-gpu optimum mutation audit check format bench-env bench clean
 
 help: ## list the targets
 	@echo 'make sft reward ppo    runs the default recipe end to end. Variables:'
@@ -112,6 +112,9 @@ bench-env: $(CONSTRAINTS) ## prepare .venv-trl: TRL 1.12.0, which the benchmarks
 	@$(PYTHON) -m venv .venv-trl
 	@grep '^torch==' $(CONSTRAINTS) > .venv-trl/torch.txt
 	@.venv-trl/bin/python -m pip install --quiet $(PIP_ARGS) -r .venv-trl/torch.txt -r benchmarks/requirements-trl.txt
+
+bench: $(STAMP) ## speed beside TRL on this CPU, about 15 minutes; first `make bench-env` and `make sft reward` (docs/performance.md)
+	@$(PY) -m benchmarks.cpu --run "$(ARTIFACTS)/$(or $(RUN),tiny)"
 
 clean: ## remove caches (artifacts and .venv stay)
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis mutants build dist *.egg-info

@@ -1,12 +1,13 @@
 """Our side of the benchmarks runs, and what they compute from measurements is right. TRL's side needs TRL 1.12."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import reward_vs_trl
+from benchmarks import cpu, reward_vs_trl
 from benchmarks.our_side import timed_step
 from benchmarks.ppo_vs_trl import WORKLOADS, summary, table
 from benchmarks.start import random_context, side_specs
@@ -92,3 +93,19 @@ def test_the_reward_table_shows_medians_and_their_ratio() -> None:
     text = reward_vs_trl.table(rows, peak=1e5)
     assert "| trl | 2,000 | 20.0% | 25% | 0.500, 0.500, 0.500 | 1.0 |" in text
     assert "4.00 times as many tokens" in text
+
+
+def test_what_the_cpu_benchmark_cannot_run_is_said_and_left_out(tmp_path: Path) -> None:
+    args = Namespace(run=tmp_path, trl_python=str(tmp_path / "python"), updates=3)
+    first, second, third = cpu.commands(args).values()
+    assert first == second == f"no {tmp_path}/python: make bench-env"
+    assert third[:2] == ["reward_vs_trl", "shrunk"]
+    (tmp_path / "python").touch()
+    first, second, _ = cpu.commands(args).values()
+    assert first == f"no finished run {tmp_path}: make sft reward"
+    assert second[:2] == ["ppo_vs_trl", "tiny"] and "--run" not in second
+
+
+def test_a_measured_command_gives_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.sys, "executable", "echo")
+    assert cpu.measure(["reward_vs_trl", "shrunk"], 1) == "-m benchmarks.reward_vs_trl shrunk"
