@@ -1,18 +1,36 @@
 """From a data recipe to the rows of a stage: read, select, split, clean, convert, filter, derive, order."""
 
 import hashlib
+import heapq
 import json
 import logging
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from rlhf.data.filters import failed_filter, normalize
-from rlhf.data.formats import FORMATS, KIND_COLUMNS, DropRow, FormatOptions, convert_rows, derive_rows, order_key
-from rlhf.data.recipe import DataRecipe
-from rlhf.data.sources import read_rows, source_hash
-from rlhf.data.splits import assign_splits, group_key
+from rlhf.data.formats import (
+    FORMATS,
+    KIND_COLUMNS,
+    POOLED,
+    WITH_PROMPT,
+    DropRow,
+    FormatOptions,
+    check_derivation,
+    convert_rows,
+    derive_rows,
+    detect_format,
+    order_key,
+)
+from rlhf.data.quarantine import Quarantine
+from rlhf.data.recipe import DataRecipe, load_data_recipe
+from rlhf.data.sources import iter_rows, source_hash
+from rlhf.data.splits import group_key, needs_sizes, split_sides
 from rlhf.errors import UserError
-from rlhf.yamlio import nearest
+from rlhf.yamlio import nearest, validate
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +38,19 @@ Row = dict[str, Any]
 
 # Part of every fingerprint. Raise it when the same recipe and source begin to give other rows.
 DATA_VERSION = 1
+PREPARED_INFO = "set.json"  # beside the splits that the data stage wrote
+PEEK_ROWS = 1000  # what columns there are is decided on the first so many rows
+SHOWN_DROPS = 3
+SHOWN_CHARS = 300
 
 
 def load_rows(
-    recipe: DataRecipe, split: str, kind: str, limit: int | None = None, seed: int | None = None
+    recipe: DataRecipe,
+    split: str,
+    kind: str,
+    limit: int | None = None,
+    seed: int | None = None,
+    prepared: Path | None = None,
 ) -> list[Row]:
     """Loads the canonical rows of one split, in a seeded order.
 
@@ -36,12 +63,13 @@ def load_rows(
         kind: text, rated, sft, preference or prompts; rlhf/data/formats.py lists their columns.
         limit: at most this many rows, >= 1; None = all.
         seed: of the order and of the pairing; None = the recipe's. It never moves a row to another split.
+        prepared: folder of the sets that the data stage wrote, read instead of the sources.
 
     Raises:
-        UserError: unknown split or kind, missing package, file or column, wrong types, or no rows left.
+        UserError: unknown split or kind, missing package, file or column, too many bad rows, or no rows left.
     """
     where = f"data recipe {recipe.name!r}, split {split!r}"
-    if split not in recipe.split.names:
+    if not recipe.mixture and split not in recipe.split.names:
         known = ", ".join(recipe.split.names)
         raise UserError(f"{where}: no such split{nearest(split, recipe.split.names)}; the recipe has {known}")
     if kind not in KIND_COLUMNS:
@@ -49,20 +77,97 @@ def load_rows(
     if limit is not None and limit < 1:
         raise UserError(f"{where}: limit is {limit}; must be at least 1, or null for all rows")
     seed = recipe.split.seed if seed is None else seed
-    dropped: Counter[str] = Counter()
-    try:
-        source_rows = _split_rows(recipe, split)
-        rows = _prepare(recipe, source_rows, kind, seed, dropped)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    lost = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "none"
+    if recipe.mixture:
+        rows = _mixed_rows(recipe, split, kind, seed, prepared)
+        return sorted(rows, key=lambda row: order_key(row, seed))[:limit]
+    with Quarantine() as quarantine:
+        counts = Counts(quarantine)
+        try:
+            rows = _first_rows(_kind_rows(recipe, split, kind, seed, counts, prepared), limit, seed)
+            quarantine.check(recipe.max_bad_rows)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    _report(where, kind, rows, counts)
+    return rows
+
+
+def _report(where: str, kind: str, rows: list[Row], counts: "Counts") -> None:
+    quarantine = counts.quarantine
+    lost = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items() if count) or "none"
+    if quarantine.count:
+        first = quarantine.examples[0]
+        logger.warning(
+            "%s: %d bad rows of %d left out, the first is %s: %s (`make data` writes them all to a file)",
+            *(where, quarantine.count, quarantine.rows, first["where"], first["reason"]),
+        )
     if not rows:
         raise UserError(
-            f"{where}: no {kind} rows left of {len(source_rows)} in the split (dropped: {lost}); "
+            f"{where}: no {kind} rows left of {counts.in_split} in the split (dropped: {lost}); "
             "loosen the filters or enlarge the split"
         )
-    logger.info("%s: %d %s rows from %d source rows (dropped: %s)", where, len(rows), kind, len(source_rows), lost)
-    return sorted(rows, key=lambda row: order_key(row, seed))[:limit]
+    logger.info("%s: %d %s rows from %d source rows (dropped: %s)", where, len(rows), kind, counts.in_split, lost)
+
+
+def _first_rows(rows: Iterable[Row], limit: int | None, seed: int) -> list[Row]:
+    """The rows in their seeded order; with a limit, no more than so many are in memory at once."""
+    if limit is None:
+        return sorted(rows, key=lambda row: order_key(row, seed))
+    return heapq.nsmallest(limit, rows, key=lambda row: order_key(row, seed))
+
+
+def _mixed_rows(recipe: DataRecipe, split: str, kind: str, seed: int, prepared: Path | None) -> list[Row]:
+    """Of each part its share of the largest mixture that needs no row twice, the first ones in their seeded order."""
+    parts = [load_data_recipe(item.recipe) for item in recipe.mixture or ()]
+    for part in parts:
+        if part.mixture:
+            raise UserError(f"data recipe {recipe.name!r}: {part.name!r} is a mixture itself; name its parts instead")
+    loaded = [load_rows(part, split, kind, seed=seed, prepared=prepared) for part in parts]
+    shares = [item.fraction for item in recipe.mixture or ()]
+    total = min(len(rows) / share for rows, share in zip(loaded, shares, strict=True))
+    taken = [rows[: round(total * share)] for rows, share in zip(loaded, shares, strict=True)]
+    shown = ", ".join(
+        f"{len(kept)} of {len(rows)} {part.name}" for kept, rows, part in zip(taken, loaded, parts, strict=True)
+    )
+    logger.info("data recipe %r, split %r: mixture of %s", recipe.name, split, shown)
+    return [row for rows in taken for row in rows]
+
+
+def _kind_rows(
+    recipe: DataRecipe, split: str, kind: str, seed: int, counts: "Counts", prepared: Path | None
+) -> Iterable[Row]:
+    """Rows of one split as `kind`: one after the other, unless pairing needs all of them."""
+    if prepared:
+        native, native_rows = _prepared_rows(recipe, split, prepared, counts)
+    else:
+        recipe = detected(recipe)
+        native = FORMATS[named(recipe)].native
+        native_rows = (row for _, row in clean_rows(recipe, counts, split))
+    options = _options(recipe)
+    if (native, kind) in POOLED:
+        rows = list(native_rows)
+        # Nothing left to derive is reported by the caller, with the counts that explain it.
+        return derive_rows(native, kind, rows, options, seed, counts.dropped) if rows else []
+    check_derivation(native, kind)
+    return (out for row in native_rows for out in derive_rows(native, kind, [row], options, seed, counts.dropped))
+
+
+def _prepared_rows(recipe: DataRecipe, split: str, prepared: Path, counts: "Counts") -> tuple[str, Iterator[Row]]:
+    """What the data stage wrote for this recipe: the rows' native kind, and the rows."""
+    folder = prepared / recipe.name
+    try:
+        info = json.loads((folder / PREPARED_INFO).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{prepared} has no set {recipe.name!r}; add it to data.recipes and run `make data`") from error
+    if info["recipe"] != recipe_content(recipe):
+        raise UserError(f"{folder} was made by another version of this data recipe; run `make data` again")
+
+    def rows() -> Iterator[Row]:
+        with open(folder / f"{split}.jsonl", encoding="utf-8") as file:
+            for line in file:
+                counts.in_split += 1
+                yield json.loads(line)
+
+    return info["native"], rows()
 
 
 def data_fingerprint(recipe: DataRecipe) -> str:
@@ -73,104 +178,241 @@ def data_fingerprint(recipe: DataRecipe) -> str:
     Raises:
         UserError: the source does not exist.
     """
-    content = recipe.model_dump(mode="json", exclude={"licence", "homepage"})
-    parts = {"version": DATA_VERSION, "recipe": content, "source": source_hash(recipe.source)}
+    parts: dict[str, Any] = {"version": DATA_VERSION, "recipe": recipe_content(recipe)}
+    if recipe.source is not None:
+        parts["source"] = source_hash(recipe.source)
+    else:
+        parts["mixture"] = [data_fingerprint(load_data_recipe(item.recipe)) for item in recipe.mixture or ()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def recipe_content(recipe: DataRecipe) -> dict[str, Any]:
+    """What of a recipe decides its rows."""
+    return recipe.model_dump(mode="json", exclude={"licence", "homepage"})
+
+
+def recipe_parts(recipe: DataRecipe) -> list[DataRecipe]:
+    """The recipes with sources: those of a mixture, or the recipe itself."""
+    return [load_data_recipe(item.recipe) for item in recipe.mixture] if recipe.mixture else [recipe]
 
 
 def _options(recipe: DataRecipe) -> FormatOptions:
     return FormatOptions(**{name: getattr(recipe, name) for name in FormatOptions.__dataclass_fields__})
 
 
-def _split_rows(recipe: DataRecipe, split: str) -> list[Row]:
-    """The source rows of one split, columns named as the format names them, otherwise untouched."""
-    rows = _select(read_rows(recipe.source), recipe.where)
-    rows = _rename(rows, recipe)
-    sides = assign_splits(_group_keys(rows, recipe), recipe.split)
-    return [row for row, side in zip(rows, sides, strict=True) if side == split]
+@dataclass
+class Counts:
+    """What became of the rows of a source.
+
+    Attributes:
+        quarantine: the rows that could not be used for what they are.
+        selected: rows that `where` let through.
+        in_split: rows of the wanted split or splits.
+        kept: split -> rows that are left.
+        dropped: reason -> rows that format or filters left out.
+        examples: reason -> the first few of them, shortened.
+    """
+
+    quarantine: Quarantine
+    selected: int = 0
+    in_split: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def drop(self, reason: str, row: Row) -> None:
+        """Counts a row that is left out."""
+        self.dropped[reason] += 1
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < SHOWN_DROPS:
+            shown.append(repr(row)[:SHOWN_CHARS])
 
 
-def _select(rows: list[Row], where: dict[str, Any]) -> list[Row]:
+def named(recipe: DataRecipe) -> str:
+    """The format of a recipe that names one, or for which it has been detected."""
+    if recipe.format is None:
+        raise UserError("format: not named and not detected yet")
+    return recipe.format
+
+
+def detected(recipe: DataRecipe) -> DataRecipe:
+    """The recipe with its format: the named one, or the one that the first rows of the source have.
+
+    Raises:
+        UserError: no format fits the columns.
+    """
+    if recipe.format is not None or recipe.source is None:
+        return recipe
+    first = list(islice(iter_rows(recipe.source, Quarantine()), PEEK_ROWS))
+    renamed = [_renamed(row, recipe.mapping) for row in first]
+    name, reason = detect_format(renamed)
+    logger.info("data recipe %r: format %s, because %s", recipe.name, name, reason)
+    return validate(
+        DataRecipe, recipe.model_dump(exclude_unset=True) | {"format": name}, f"data recipe {recipe.name!r}"
+    )
+
+
+def clean_rows(recipe: DataRecipe, counts: Counts, only: str | None = None) -> Iterator[tuple[str, Row]]:
+    """Reads, selects, splits, cleans, converts and filters, one row after the other.
+
+    Memory does not grow with the source, unless `split.rows` or `split.max_rows` ask for all group keys first.
+
+    Args:
+        recipe: with a source and a format (`detected`).
+        counts: added to.
+        only: rows of this split alone; None = of all.
+
+    Yields:
+        (split name, native row of the recipe's format).
+    """
+    side = split_sides(recipe.split, _group_sizes(recipe) if needs_sizes(recipe.split) else {})
+    options, form = _options(recipe), FORMATS[named(recipe)]
+    steps = [name for name, wanted in recipe.normalize.model_dump().items() if wanted]
+    columns = set(form.columns)
+    for number, row, key in _keyed_rows(recipe, counts):
+        split = side(key)
+        if split is None or (only is not None and split != only):
+            continue
+        counts.in_split += 1
+        if steps:
+            row = {k: normalize(v, steps) if k in columns else v for k, v in row.items()}
+        native = _converted(row, recipe, options, counts, f"row {number}")
+        if native is None:
+            continue
+        failed = failed_filter([t for c in form.responses for t in _filter_texts(native[c])], recipe.filters)
+        if failed is not None:
+            counts.drop(failed, row)
+            continue
+        counts.kept[split] += 1
+        yield split, native
+
+
+def _converted(row: Row, recipe: DataRecipe, options: FormatOptions, counts: Counts, where: str) -> Row | None:
+    name = named(recipe)
+    reasons: Counter[str] = Counter()
+    missing = [column for column in FORMATS[name].required if column not in row]
+    if missing:
+        counts.quarantine.add(where, f"no column {missing[0]!r}", row)
+        return None
+    try:
+        converted = convert_rows(name, [row], options, reasons)
+    except UserError as error:
+        counts.quarantine.add(where, str(error), row)
+        return None
+    for reason in reasons:
+        counts.drop(reason, row)
+    return converted[0] if converted else None
+
+
+def _group_sizes(recipe: DataRecipe) -> Counter[str]:
+    return Counter(key for _, _, key in _keyed_rows(recipe, Counts(Quarantine())))
+
+
+def _keyed_rows(recipe: DataRecipe, counts: Counts) -> Iterator[tuple[int, Row, str]]:
+    """(number in the source, row with the format's column names, group key) of each row that `where` selects."""
+    if recipe.source is None:
+        raise UserError("a mixture has no rows of its own")
+    columns: set[str] = set()
+    rows = _select(_watched(iter_rows(recipe.source, counts.quarantine), columns), recipe.where, columns)
+    renamed = ((number, _renamed(row, _names(recipe))) for number, row in rows)
+    head = list(islice(renamed, PEEK_ROWS))
+    _require_columns(recipe, columns)
+    group = _group_function(recipe, [row for _, row in head])
+    for number, row in chain(head, renamed):
+        counts.selected += 1
+        yield number, row, group(row)
+
+
+def _watched(rows: Iterable[Row], columns: set[str]) -> Iterator[tuple[int, Row]]:
+    """Numbers the rows and collects the names of their columns."""
+    for number, row in enumerate(rows, start=1):
+        columns.update(row)
+        yield number, row
+
+
+def _select(rows: Iterable[tuple[int, Row]], where: dict[str, Any], columns: set[str]) -> Iterator[tuple[int, Row]]:
+    """Rows that pass every condition. Compared as text: a CSV cell is the string "1" where Parquet has a number."""
+    wanted = {
+        c: {_as_text(v) for v in (allowed if isinstance(allowed, list) else [allowed])} for c, allowed in where.items()
+    }
+    seen: dict[str, set[str]] = {column: set() for column in where}
+    passed: Counter[str] = Counter()
+    for number, row in rows:
+        for column, values in wanted.items():
+            text = _as_text(row.get(column))
+            if text not in values:
+                if len(seen[column]) < PEEK_ROWS:
+                    seen[column].add(text[:40])
+                break
+            passed[column] += 1
+        else:
+            yield number, row
     for column, allowed in where.items():
-        _require_column(column, rows, f"where.{column}")
-        # Compared as text: a CSV cell is the string "1" where a Parquet cell is the number 1.
-        wanted = {_as_text(value) for value in (allowed if isinstance(allowed, list) else [allowed])}
-        kept = [row for row in rows if _as_text(row.get(column)) in wanted]
-        if not kept:
-            seen = sorted({_as_text(row.get(column))[:40] for row in rows})[:5]
-            raise UserError(f"where.{column}: no row has {allowed!r}; the column holds {', '.join(seen)} ...")
-        rows = kept
-    return rows
+        _require_column(column, columns, f"where.{column}")
+        if not passed[column]:
+            shown = ", ".join(sorted(seen[column])[:5])
+            raise UserError(f"where.{column}: no row has {allowed!r}; the column holds {shown} ...")
 
 
 def _as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _rename(rows: list[Row], recipe: DataRecipe) -> list[Row]:
+def _names(recipe: DataRecipe) -> dict[str, str]:
+    """Format column -> source column."""
+    return {column: recipe.mapping.get(column, column) for column in FORMATS[named(recipe)].columns}
+
+
+def _renamed(row: Row, names: dict[str, str]) -> Row:
     """Gives the mapped columns the format's names; a source column that happens to have such a name gives way."""
-    form = FORMATS[recipe.format]
-    for column in form.required:
-        _require_column(recipe.mapping.get(column, column), rows, f"mapping.{column}")
-    for column, source in recipe.mapping.items():
-        _require_column(source, rows, f"mapping.{column}")
-    names = {column: recipe.mapping.get(column, column) for column in form.columns}
     used = set(names.values())
-    return [
-        {column: value for column, value in row.items() if column not in used}
-        | {column: row[source] for column, source in names.items() if source in row}
-        for row in rows
-    ]
+    return {column: value for column, value in row.items() if column not in used} | {
+        column: row[source] for column, source in names.items() if source in row
+    }
 
 
-def _require_column(column: str, rows: list[Row], where: str) -> None:
-    if not any(column in row for row in rows):
-        present = sorted({name for row in rows[:1000] for name in row})
+def _require_columns(recipe: DataRecipe, columns: set[str]) -> None:
+    if not columns:
+        return  # not one row could be read; the quarantine says why
+    for column in FORMATS[named(recipe)].required:
+        _require_column(recipe.mapping.get(column, column), columns, f"mapping.{column}")
+    for column, source in recipe.mapping.items():
+        _require_column(source, columns, f"mapping.{column}")
+
+
+def _require_column(column: str, columns: set[str], where: str) -> None:
+    if column not in columns:
+        present = sorted(columns)
         raise UserError(
             f"{where}: the source has no column {column!r}{nearest(column, present)}; it has {', '.join(present)}"
         )
 
 
-def _group_keys(rows: list[Row], recipe: DataRecipe) -> list[str]:
+def _group_function(recipe: DataRecipe, head: list[Row]) -> Callable[[Row], str]:
+    """Which rows must stay together; `head` shows what columns there are."""
     by = recipe.split.by
     if by == "row":
-        return [group_key(row) for row in rows]
-    if any(by in row for row in rows):
-        return [group_key(row.get(by)) for row in rows]
-    if by == "prompt" and FORMATS[recipe.format].native in ("sft", "preference", "prompts"):
-        return [_converted_prompt(row, recipe) for row in rows]
-    present = sorted({name for row in rows[:1000] for name in row})
+        return group_key
+    if not head or any(by in row for row in head):
+        return lambda row: group_key(row.get(by))
+    if by == "prompt" and FORMATS[named(recipe)].native in WITH_PROMPT:
+        return lambda row: _converted_prompt(row, recipe)
+    present = sorted({name for row in head for name in row})
     raise UserError(f"split.by: no column {by!r}{nearest(by, present)}; the rows have {', '.join(present)}")
 
 
 def _converted_prompt(row: Row, recipe: DataRecipe) -> str:
     """The prompt that a format computes (a dialogue's common prefix); a row that will be dropped stands for itself."""
     try:
-        return group_key(FORMATS[recipe.format].convert(row, _options(recipe))["prompt"])
-    except DropRow:
+        return group_key(FORMATS[named(recipe)].convert(row, _options(recipe))["prompt"])
+    except (DropRow, UserError):
         return group_key(row)
 
 
-def _prepare(recipe: DataRecipe, rows: list[Row], kind: str, seed: int, dropped: Counter[str]) -> list[Row]:
-    form = FORMATS[recipe.format]
-    steps = [name for name, wanted in recipe.normalize.model_dump().items() if wanted]
-    if steps:
-        columns = set(form.columns)
-        rows = [{k: normalize(v, steps) if k in columns else v for k, v in row.items()} for row in rows]
-    options = _options(recipe)
-    kept = []
-    for row in convert_rows(recipe.format, rows, options, dropped):
-        failed = failed_filter([_filter_text(row[column]) for column in form.responses], recipe.filters)
-        if failed is None:
-            kept.append(row)
-        else:
-            dropped[failed] += 1
-    # Nothing left to derive is reported by the caller, with the counts that explain it.
-    return derive_rows(form.native, kind, kept, options, seed, dropped) if kept else []
-
-
-def _filter_text(value: Any) -> str:
-    """What a filter reads: a text, or the last message of a conversational prompt; a missing completion is empty."""
+def _filter_texts(value: Any) -> list[str]:
+    """What a filter reads: a text, all of several responses, or the last message of a conversational prompt."""
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return value
     if isinstance(value, list):
-        return value[-1]["content"]
-    return value or ""
+        return [value[-1]["content"]]
+    return [value or ""]

@@ -23,6 +23,8 @@ FormatName = Literal[
     "preference",
     "sharegpt_preference",
     "hh",
+    "kto",
+    "scored",
     "prompts",
     "turns",
 ]
@@ -56,7 +58,8 @@ class FilesSource(_Strict):
     """Local JSON, JSONL, CSV or Parquet files, each optionally gzipped."""
 
     files: str | list[str] = Field(
-        min_length=1, description="Path or glob, or a list of them; relative to where you run."
+        min_length=1,
+        description="Path or glob, or a list of them; relative to where you run. ${NAME} is an environment variable.",
     )
 
 
@@ -145,12 +148,30 @@ class SplitSpec(_Strict):
         return self.fractions or {"train": 0.9, "validation": 0.05, "test": 0.05}
 
 
+class MixtureItem(_Strict):
+    """One part of a mixture."""
+
+    recipe: str = Field(min_length=1, description="Data recipe of the part, by name or path; it has a source.")
+    fraction: float = Field(gt=0, le=1, description="Share of the mixture's rows.")
+
+
 class DataRecipe(_Strict):
     """Everything that turns a source into the rows of a stage."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="Name of the recipe: letters, digits, `_`, `-` and `.`.")
-    source: Source = Field(description="Exactly one of: {package, module, file}, {hub, revision}, {files}, {function}.")
-    format: FormatName = Field(description="What a source row looks like; rlhf/data/formats.py describes each.")
+    source: Source | None = Field(
+        default=None,
+        description="Exactly one of: {package, module, file}, {hub, revision}, {files}, {function}; or see `mixture`.",
+    )
+    mixture: list[MixtureItem] | None = Field(
+        default=None,
+        min_length=1,
+        description="Instead of a source: other data recipes and their fractions, sum 1. As large as the parts allow.",
+    )
+    format: FormatName | None = Field(
+        default=None,
+        description="What a source row looks like; rlhf/data/formats.py describes each. null = by the columns.",
+    )
     mapping: dict[str, str] = Field(
         default_factory=dict, description="Format column -> source column, where they differ."
     )
@@ -163,6 +184,12 @@ class DataRecipe(_Strict):
     )
     normalize: NormalizeSpec = Field(default=NormalizeSpec(), description="Text clean-up before the filters.")
     split: SplitSpec = Field(default=SplitSpec(), description="How rows are divided.")
+    max_bad_rows: float = Field(
+        default=0.01, ge=0, le=1, description="Share of rows that may be unreadable or of wrong types before all stops."
+    )
+    score: str = Field(
+        default="overall_score", min_length=1, description="scored: key of the score, where responses are objects."
+    )
     prompt_words: int = Field(default=4, ge=1, description="rated_text: how many opening words form the prompt.")
     pairs_per_row: int = Field(
         default=1, ge=1, description="rated_text: how many negatives each positive row is paired with."
@@ -207,6 +234,9 @@ class DataRecipe(_Strict):
 
     @model_validator(mode="after")
     def _check_together(self) -> "DataRecipe":
+        self._check_origin()
+        if self.format is None:
+            return self  # checked once it is known
         form = FORMATS[self.format]
         for column in self.mapping:
             if column not in form.columns:
@@ -221,6 +251,18 @@ class DataRecipe(_Strict):
         if self.system is not None and self.prompt_template is not None:
             raise ValueError("system and prompt_template exclude each other: chat or plain text; remove one of them")
         return self
+
+    def _check_origin(self) -> None:
+        if (self.source is None) == (self.mixture is None):
+            raise ValueError("give exactly one of source and mixture")
+        if self.mixture is None:
+            return
+        total = sum(item.fraction for item in self.mixture)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"mixture: the fractions sum to {total:g}; make the sum 1")
+        own = sorted(self.model_fields_set - {"name", "mixture", "split", "licence", "homepage"})
+        if own:
+            raise ValueError(f"{own[0]} has no meaning beside mixture: the parts' own recipes say it; remove it")
 
 
 def _check_regex(name: str, pattern: str) -> None:
