@@ -31,7 +31,7 @@ COMMON = --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(RUN),--run "$(RU
 STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 
-.PHONY: help setup pretrain sft reward ppo evaluate status notebook test test-slow test-gpu optimum mutation audit check format bench-env clean
+.PHONY: help setup data pretrain sft reward ppo evaluate status notebook test test-slow test-gpu optimum mutation audit check format bench-env clean
 
 help: ## list the targets
 	@echo 'make sft reward ppo    runs the default recipe end to end. Variables:'
@@ -58,6 +58,9 @@ setup: $(STAMP) ## prepare .venv: pinned by CONSTRAINTS, which GPU users may rep
 
 pretrain: $(STAMP) ## make the base model, where the recipe asks for it
 	@$(call STAGE,pretrain)
+
+data: $(STAMP) ## clean one data recipe (RECIPE=hh_rlhf or a path) into ARTIFACTS/data/NAME, with manifest, card and bad rows
+	@$(PY) -m pipelines.data --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(FORCE),--force)
 
 sft: $(STAMP) ## supervised fine-tuning (pretrain first, where the recipe asks for it)
 	@$(call UNFORCED,pretrain)

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 from rlhf.data.filters import failed_filter, normalize
@@ -38,7 +37,6 @@ Row = dict[str, Any]
 
 # Part of every fingerprint. Raise it when the same recipe and source begin to give other rows.
 DATA_VERSION = 1
-PREPARED_INFO = "set.json"  # beside the splits that the data stage wrote
 PEEK_ROWS = 1000  # what columns there are is decided on the first so many rows
 SHOWN_DROPS = 3
 SHOWN_CHARS = 300
@@ -50,7 +48,6 @@ def load_rows(
     kind: str,
     limit: int | None = None,
     seed: int | None = None,
-    prepared: Path | None = None,
 ) -> list[Row]:
     """Loads the canonical rows of one split, in a seeded order.
 
@@ -63,7 +60,6 @@ def load_rows(
         kind: text, rated, sft, preference or prompts; rlhf/data/formats.py lists their columns.
         limit: at most this many rows, >= 1; None = all.
         seed: of the order and of the pairing; None = the recipe's. It never moves a row to another split.
-        prepared: folder of the sets that the data stage wrote, read instead of the sources.
 
     Raises:
         UserError: unknown split or kind, missing package, file or column, too many bad rows, or no rows left.
@@ -78,12 +74,12 @@ def load_rows(
         raise UserError(f"{where}: limit is {limit}; must be at least 1, or null for all rows")
     seed = recipe.split.seed if seed is None else seed
     if recipe.mixture:
-        rows = _mixed_rows(recipe, split, kind, seed, prepared)
+        rows = _mixed_rows(recipe, split, kind, seed)
         return sorted(rows, key=lambda row: order_key(row, seed))[:limit]
     with Quarantine() as quarantine:
         counts = Counts(quarantine)
         try:
-            rows = _first_rows(_kind_rows(recipe, split, kind, seed, counts, prepared), limit, seed)
+            rows = _first_rows(_kind_rows(recipe, split, kind, seed, counts), limit, seed)
             quarantine.check(recipe.max_bad_rows)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
@@ -115,13 +111,13 @@ def _first_rows(rows: Iterable[Row], limit: int | None, seed: int) -> list[Row]:
     return heapq.nsmallest(limit, rows, key=lambda row: order_key(row, seed))
 
 
-def _mixed_rows(recipe: DataRecipe, split: str, kind: str, seed: int, prepared: Path | None) -> list[Row]:
+def _mixed_rows(recipe: DataRecipe, split: str, kind: str, seed: int) -> list[Row]:
     """Of each part its share of the largest mixture that needs no row twice, the first ones in their seeded order."""
     parts = [load_data_recipe(item.recipe) for item in recipe.mixture or ()]
     for part in parts:
         if part.mixture:
             raise UserError(f"data recipe {recipe.name!r}: {part.name!r} is a mixture itself; name its parts instead")
-    loaded = [load_rows(part, split, kind, seed=seed, prepared=prepared) for part in parts]
+    loaded = [load_rows(part, split, kind, seed=seed) for part in parts]
     shares = [item.fraction for item in recipe.mixture or ()]
     total = min(len(rows) / share for rows, share in zip(loaded, shares, strict=True))
     taken = [rows[: round(total * share)] for rows, share in zip(loaded, shares, strict=True)]
@@ -132,16 +128,11 @@ def _mixed_rows(recipe: DataRecipe, split: str, kind: str, seed: int, prepared: 
     return [row for rows in taken for row in rows]
 
 
-def _kind_rows(
-    recipe: DataRecipe, split: str, kind: str, seed: int, counts: "Counts", prepared: Path | None
-) -> Iterable[Row]:
+def _kind_rows(recipe: DataRecipe, split: str, kind: str, seed: int, counts: "Counts") -> Iterable[Row]:
     """Rows of one split as `kind`: one after the other, unless pairing needs all of them."""
-    if prepared:
-        native, native_rows = _prepared_rows(recipe, split, prepared, counts)
-    else:
-        recipe = detected(recipe)
-        native = FORMATS[named(recipe)].native
-        native_rows = (row for _, row in clean_rows(recipe, counts, split))
+    recipe = detected(recipe)
+    native = FORMATS[named(recipe)].native
+    native_rows = (row for _, row in clean_rows(recipe, counts, split))
     options = _options(recipe)
     if (native, kind) in POOLED:
         rows = list(native_rows)
@@ -149,25 +140,6 @@ def _kind_rows(
         return derive_rows(native, kind, rows, options, seed, counts.dropped) if rows else []
     check_derivation(native, kind)
     return (out for row in native_rows for out in derive_rows(native, kind, [row], options, seed, counts.dropped))
-
-
-def _prepared_rows(recipe: DataRecipe, split: str, prepared: Path, counts: "Counts") -> tuple[str, Iterator[Row]]:
-    """What the data stage wrote for this recipe: the rows' native kind, and the rows."""
-    folder = prepared / recipe.name
-    try:
-        info = json.loads((folder / PREPARED_INFO).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{prepared} has no set {recipe.name!r}; add it to data.recipes and run `make data`") from error
-    if info["recipe"] != recipe_content(recipe):
-        raise UserError(f"{folder} was made by another version of this data recipe; run `make data` again")
-
-    def rows() -> Iterator[Row]:
-        with open(folder / f"{split}.jsonl", encoding="utf-8") as file:
-            for line in file:
-                counts.in_split += 1
-                yield json.loads(line)
-
-    return info["native"], rows()
 
 
 def data_fingerprint(recipe: DataRecipe) -> str:
@@ -189,11 +161,6 @@ def data_fingerprint(recipe: DataRecipe) -> str:
 def recipe_content(recipe: DataRecipe) -> dict[str, Any]:
     """What of a recipe decides its rows."""
     return recipe.model_dump(mode="json", exclude={"licence", "homepage"})
-
-
-def recipe_parts(recipe: DataRecipe) -> list[DataRecipe]:
-    """The recipes with sources: those of a mixture, or the recipe itself."""
-    return [load_data_recipe(item.recipe) for item in recipe.mixture] if recipe.mixture else [recipe]
 
 
 def _options(recipe: DataRecipe) -> FormatOptions:

@@ -165,7 +165,7 @@ def _parse_json(stream: Stream, path: Path, quarantine: Quarantine) -> Iterator[
         where = f"{path} line {number}"
         if len(line) > MAX_ROW_BYTES:
             quarantine.add_unread(where, f"longer than {MAX_ROW_BYTES // 2**20} MiB", line)
-        elif line.strip():
+        elif line.removeprefix(BOM).strip():
             yield from _line_rows(line.removeprefix(BOM), where, quarantine, decoder)
 
 

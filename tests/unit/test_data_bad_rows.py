@@ -137,10 +137,19 @@ def test_wrong_types_are_set_aside_in_every_format(tmp_path, form, row, reason):
         ("x.jsonl", lines().rstrip(b"\n")),
         ("x.json", b"\xef\xbb\xbf " + json.dumps(GOOD, indent=2).encode()),
         ("x.json", b"\n\n" + lines()),
-        ("x.jsonl", lines().replace(b"question 0", "question 0".encode())),
         ("x.jsonl.gz", gzip.compress(lines()[:50]) + gzip.compress(lines()[50:])),
     ],
-    ids=["BOM", "BOM line", "CRLF", "blank lines", "mixed newlines", "no last newline", "BOM array", "lead", "plain", "gz parts"],
+    ids=[
+        "BOM",
+        "BOM line",
+        "CRLF",
+        "blank lines",
+        "mixed newlines",
+        "no last newline",
+        "BOM array",
+        "lead",
+        "gz parts",
+    ],
 )
 def test_odd_but_whole_files_lose_nothing(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -159,7 +168,8 @@ def test_bad_items_of_an_array_are_set_aside(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(
         b'[{"prompt": "a", "completion": "b"}, 3, {"prompt": "\\ud800", "completion": "b"}, '
-        b'{"prompt": "a", "prompt": "b"}, {"prompt": "c", "completion": "d", "s": NaN}, {"prompt": "e", "completion": "f"}]'
+        b'{"prompt": "a", "prompt": "b"}, {"prompt": "c", "completion": "d", "s": NaN}, '
+        b'{"prompt": "e", "completion": "f"}]'
     )
     rows, counts, records = read(recipe_for(path), tmp_path)
     assert [row["prompt"] for row in rows] == ["a", "e"]
@@ -173,7 +183,7 @@ def test_bad_items_of_an_array_are_set_aside(tmp_path):
 )
 def test_a_broken_array_stops_because_its_rest_cannot_be_found(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(UserError, match="x.json line 1: not valid JSON"):
+    with pytest.raises(UserError, match=r"x\.json line 1: not valid JSON"):
         read(recipe_for(tmp_path / "x.json"), tmp_path)
 
 

@@ -172,3 +172,25 @@ def test_unfit_templates_end_in_one_line(template, said):
     with pytest.raises(UserError) as error:
         renderer.response_ids(TALK, "x")
     assert said in str(error.value)
+
+
+def test_sft_reward_and_ppo_feed_byte_equal_ids():
+    """What the three stages hand to their models for one conversation; system, several turns and Chinese survive."""
+    from rlhf.reward.train import rendered_pairs
+    from rlhf.sft import rendered_rows
+
+    tokenizer = build(CHATML, post="<bos> $A")
+    renderer = Renderer(tokenizer, chat=True)
+    answer, worse = "好的 ok 😀", "no"
+    sft = rendered_rows([{"prompt": TALK, "completion": answer}], renderer, 1000, "sft")[0]
+    pairs, _ = rendered_pairs([{"prompt": TALK, "chosen": answer, "rejected": worse}], renderer, 1000, "reward")
+    prompt = renderer.prompt_ids(TALK)  # PPO samples behind this, and scores prompt + response
+    response = renderer.response_ids(TALK, answer)
+    assert list(sft["input_ids"]) == list(pairs[0]["chosen_ids"]) == prompt + response
+    mask = list(sft["completion_mask"])
+    assert mask == [0] * len(prompt) + [1] * len(response)
+    counted = [token for token, counts in zip(sft["input_ids"], mask, strict=True) if counts]
+    assert text_of(tokenizer, counted) == answer + "<|im_end|>"
+    whole = text_of(tokenizer, sft["input_ids"])
+    for said in ("system\n你是助手。", "user\nHi, 世界!", "assistant\nHello.", "user\n再见?"):
+        assert f"<|im_start|>{said}<|im_end|>\n" in whole
