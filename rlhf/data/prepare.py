@@ -12,7 +12,7 @@ from rlhf.artifacts import MANIFEST, hash_files, partial_dir, write_json
 from rlhf.data.pipeline import Counts, Row, clean_rows, data_fingerprint, detected, named
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.recipe import DataRecipe
-from rlhf.data.sources import describe, source_hash
+from rlhf.data.sources import AnySource, describe, source_hash
 from rlhf.errors import UserError
 
 BINS = (0, 64, 256, 1024, 4096, 16384)  # lower ends of the length classes, in characters
@@ -41,7 +41,7 @@ def prepare(recipe: DataRecipe, final: Path, force: bool = False) -> dict[str, A
         manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
         if manifest["fingerprint"] == fingerprint:
             return manifest
-    recipe = detected(recipe)
+    source, recipe = recipe.source, detected(recipe)
     folder = partial_dir(final)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -49,7 +49,7 @@ def prepare(recipe: DataRecipe, final: Path, force: bool = False) -> dict[str, A
         counts = Counts(quarantine)
         lengths = _write_splits(recipe, folder, counts)
         quarantine.check(recipe.max_bad_rows)
-    manifest = _manifest(recipe, counts, lengths) | {"fingerprint": fingerprint}
+    manifest = _manifest(recipe, source, counts, lengths) | {"fingerprint": fingerprint}
     (folder / "README.md").write_text(_card(manifest), encoding="utf-8")
     write_json(folder / MANIFEST, manifest | {"files": hash_files(folder)})
     shutil.rmtree(final, ignore_errors=True)
@@ -80,15 +80,17 @@ def _characters(value: Row | list[Any] | str | object) -> int:
     return sum(_characters(item) for item in value) if isinstance(value, list) else 0
 
 
-def _manifest(recipe: DataRecipe, counts: Counts, lengths: dict[str, Counter[int]]) -> dict[str, Any]:
+def _manifest(
+    recipe: DataRecipe, source: AnySource, counts: Counts, lengths: dict[str, Counter[int]]
+) -> dict[str, Any]:
     quarantine = counts.quarantine
     return {
         "schema_version": 1,
         "name": recipe.name,
         "recipe": recipe.model_dump(mode="json"),
         "format": named(recipe),
-        "source": describe(recipe.source),
-        "source_hash": source_hash(recipe.source),
+        "source": describe(source),
+        "source_hash": source_hash(source),
         "licence": recipe.licence,
         "homepage": recipe.homepage,
         "steps": {
