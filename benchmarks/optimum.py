@@ -256,8 +256,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first row only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [(shape, kl_coef, "k1") for kl_coef in (0.5, 0.2) for shape in SHAPES]
-    rows += [("full-shared", kl_coef, estimator) for estimator in ("k2", "k3") for kl_coef in (0.5, 0.2)]
+    rows = [(shape, kl_coef, "k1") for kl_coef in (0.5, 0.3) for shape in SHAPES]
+    rows += [("full-shared", kl_coef, estimator) for estimator in ("k2", "k3") for kl_coef in (0.5, 0.3)]
     print(line(COLUMNS), line(["---"] * len(COLUMNS)), sep="\n", flush=True)
     for setting in rows[:1] if arguments.quick else rows:
         shape, kl_coef, estimator = setting
