@@ -21,7 +21,8 @@ The interface, for whoever runs the steps:
 * What is no data is a keyword of the step: `eval_sets` (contamination), `embed` (semantic), `model` and `tokenizer`
   (perplexity).
 * Nothing is random but what a config's `seed` fixes; the same rows in the same order give the same result.
-* Packages of the `data` extra are imported when a step first needs them; a UserError names the extra when one is missing.
+* Packages of the extras `data` and `semantic` are imported when a step first needs them; a UserError names the extra
+  when one is missing.
 
 docs/cleaning.md has each step's rule, default, source and limits.
 """

@@ -110,8 +110,8 @@ def split_result(
     return StepResult([rows[number] for number in index], index, dropped, report or {})
 
 
-def optional_module(name: str, package: str, step: str) -> ModuleType:
-    """Imports a module of the `data` extra.
+def optional_module(name: str, package: str, step: str, extra: str = "data") -> ModuleType:
+    """Imports a module of an extra.
 
     Raises:
         UserError: it is not installed.
@@ -120,5 +120,5 @@ def optional_module(name: str, package: str, step: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"cleaning step {step!r} needs the package {package}, which is not installed: pip install '.[data]'"
+            f"cleaning step {step!r} needs the package {package}, which is not installed: pip install '.[{extra}]'"
         ) from error

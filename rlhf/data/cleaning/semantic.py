@@ -126,7 +126,7 @@ def load_embedder(path: str | Path, batch_size: int = 64, device: str = "cpu") -
     Raises:
         UserError: sentence-transformers is not installed, or there is no such model.
     """
-    module = optional_module("sentence_transformers", "sentence-transformers", "semantic")
+    module = optional_module("sentence_transformers", "sentence-transformers", "semantic", extra="semantic")
     try:
         model = module.SentenceTransformer(str(path), device=device)
     except (OSError, ValueError) as error:

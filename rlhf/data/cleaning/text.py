@@ -2,8 +2,8 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Literal
 
 from pydantic import Field
@@ -15,6 +15,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # terminal colours, pasted wit
 # stay: emoji and Persian need them.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
 _NEWLINE = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
+_CONTROL_OR_NEWLINE = re.compile(f"{_CONTROL.pattern}|{_NEWLINE.pattern}")
+_FULL_WIDTH = re.compile("[\u3000\uff01-\uff5e]")
 _SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 _LINE_END = re.compile(r"[ \t\u3000]+(?=\n|\Z)")
 _BLANK_LINES = re.compile(r"\n{3,}")
@@ -62,20 +64,28 @@ def clean_text(text: str, config: UnicodeStep) -> str:
     return text
 
 
+@lru_cache(maxsize=1)
+def _is_bad() -> Callable[[str], bool]:
+    """ftfy's test for mojibake, which `fix_encoding` makes too, after slower preparations."""
+    return optional_module("ftfy.badness", "ftfy", "unicode").is_bad
+
+
 def _once(text: str, config: UnicodeStep) -> str:
     if not text.isascii():
         if _SURROGATE.search(text):
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if config.repair:
+        if config.repair and _is_bad()(text):
             text = optional_module("ftfy", "ftfy", "unicode").fix_encoding(text)
-    text = _CONTROL.sub("", _NEWLINE.sub("\n", _ANSI.sub("", text)))
+    if _CONTROL_OR_NEWLINE.search(text):
+        text = _CONTROL.sub("", _NEWLINE.sub("\n", _ANSI.sub("", text)))
     if not text.isascii():
-        if config.full_width != "keep":
+        if config.full_width != "keep" and _FULL_WIDTH.search(text):
             text = text.translate(_ALNUM_WIDTH if config.full_width == "alphanumerics" else _ALL_WIDTH)
         if config.form != "none" and not unicodedata.is_normalized(config.form, text):
             text = unicodedata.normalize(config.form, text)
     if config.whitespace:
-        text = _SPACE.sub(" ", text)
+        if not text.isascii():
+            text = _SPACE.sub(" ", text)
         text = _BLANK_LINES.sub("\n\n", _LINE_END.sub("", text)).strip()
     return text
 
