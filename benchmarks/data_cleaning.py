@@ -32,7 +32,13 @@ WORDS = (
     "my sound no most number who over know water than call first people may down side been now find any new work part"
 ).split()
 HAN = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面而方后多定行学法所民得经"
-PERSONAL = ["mail zhang.san@example.com", "电话13800138000", "call (212) 555-0123", "卡号4111111111111111", "ip 203.0.113.9"]
+PERSONAL = [
+    "mail zhang.san@example.com",
+    "电话13800138000",
+    "call (212) 555-0123",
+    "卡号4111111111111111",
+    "ip 203.0.113.9",
+]
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:

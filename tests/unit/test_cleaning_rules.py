@@ -89,7 +89,10 @@ def test_boilerplate_lines_go_and_the_text_stays() -> None:
 
 
 def test_a_text_of_boilerplate_goes() -> None:
-    assert reasons(BoilerplateStep(), "This site uses cookies to improve it.\nHi", "未经授权不得转载") == ["boilerplate"] * 2
+    assert (
+        reasons(BoilerplateStep(), "This site uses cookies to improve it.\nHi", "未经授权不得转载")
+        == ["boilerplate"] * 2
+    )
 
 
 @pytest.mark.parametrize("line", [ENGLISH, CHINESE, "Click here", "I read the privacy policy.", "He sold all rights."])
@@ -108,7 +111,16 @@ def test_sensitive_words_match_whole_latin_words_and_chinese_anywhere(tmp_path: 
     file = tmp_path / "words.txt"
     file.write_text("# a comment\n违禁品\nc++hack\n", encoding="utf-8")
     config = SensitiveStep(words=["ass", "Bad Word"], file=str(file))
-    texts = ["first class", "an ASS.", "a bad word here", "badword", "出售违禁品吗", "c++hack", "c++hacker", "a comment"]
+    texts = [
+        "first class",
+        "an ASS.",
+        "a bad word here",
+        "badword",
+        "出售违禁品吗",
+        "c++hack",
+        "c++hacker",
+        "a comment",
+    ]
     hit = "sensitive_word"
     assert reasons(config, *texts) == [None, hit, hit, None, hit, hit, None, None]
     assert reasons(SensitiveStep(words=["a", "ab"], max_hits=1), "a", "a ab", "ab") == [None, hit, None]

@@ -61,7 +61,9 @@ def test_cleaning_twice_is_cleaning_once(text: str) -> None:
     once.encode("utf-8")  # no lone surrogate is left
 
 
-@given(st.text("的一是不了人我在有他这，。！？「」\n abcXYZ019.,!?'\"-", max_size=60).map(lambda t: " ".join(t.split())))
+@given(
+    st.text("的一是不了人我在有他这，。！？「」\n abcXYZ019.,!?'\"-", max_size=60).map(lambda t: " ".join(t.split()))
+)
 def test_clean_text_stays_as_it_is(text: str) -> None:
     assert clean_text(text, UnicodeStep()) == text
 

@@ -47,7 +47,9 @@ def perplexity_step(rows: Sequence[Row], config: PerplexityStep, model: Any, tok
     contexts, texts = [], []
     for number, row in enumerate(rows):
         if config.context is not None and config.context not in row:
-            raise UserError(f"perplexity.context: row {number} has no column {config.context!r}; it has {', '.join(row)}")
+            raise UserError(
+                f"perplexity.context: row {number} has no column {config.context!r}; it has {', '.join(row)}"
+            )
         contexts.append("" if config.context is None else joined(row[config.context]))
         scored = [name for name in config.columns or row if name != config.context]
         texts.append("\n".join(text for text in (joined(row.get(name)) for name in scored) if text))
@@ -104,7 +106,9 @@ def perplexities(
         ids = before + tokenizer(text, add_special_tokens=False)["input_ids"]
         rows.append((ids[:max_length], max(1, len(before))))
     out = np.full(len(texts), np.nan)
-    order = sorted((number for number, (ids, start) in enumerate(rows) if len(ids) > start), key=lambda n: -len(rows[n][0]))
+    order = sorted(
+        (number for number, (ids, start) in enumerate(rows) if len(ids) > start), key=lambda n: -len(rows[n][0])
+    )
     while order:
         size = max(1, batch_tokens // len(rows[order[0]][0]))
         batch, order = order[:size], order[size:]

@@ -42,7 +42,9 @@ class NearStep(_Duplicates):
     """Drops rows whose texts are nearly another row's."""
 
     step: Literal["near_duplicates"] = "near_duplicates"
-    threshold: float = Field(default=0.8, gt=0, le=1, description="Jaccard similarity of shingles from which a row goes.")
+    threshold: float = Field(
+        default=0.8, gt=0, le=1, description="Jaccard similarity of shingles from which a row goes."
+    )
     bands: int = Field(default=20, ge=1, description="Bands of the signature; more find more and cost more.")
     rows_per_band: int = Field(default=6, ge=1, description="Hashes per band; more make a band stricter.")
     shingle: int = Field(default=5, ge=1, description="Characters per shingle.")

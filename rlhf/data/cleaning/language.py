@@ -66,9 +66,7 @@ def language_step(rows: Sequence[Row], config: LanguageStep) -> StepResult:
     reasons: dict[int, tuple[str, str]] = {}
     seen: Counter[str] = Counter()
     for number, row in enumerate(rows):
-        found = [
-            detect_language(text, config.min_letters, config.min_score) for text in texts_of(row, config.columns)
-        ]
+        found = [detect_language(text, config.min_letters, config.min_score) for text in texts_of(row, config.columns)]
         seen["+".join(sorted(set(found))) or UNKNOWN] += 1
         other = [language for language in found if language not in wanted]
         if other:

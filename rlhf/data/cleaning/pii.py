@@ -39,7 +39,9 @@ _VERSION = re.compile(
     r"[.:：]?\s*(?:no\.?\s*)?$|[A-Za-z]/$",
     re.IGNORECASE,
 )
-_UNIT_AFTER = re.compile(r"\s?(?:元|美元|欧元|日元|万|亿|人|次|个|年|%|percent|dollars|euros|usd|rmb|km|kg|bytes|ms\b)", re.IGNORECASE)
+_UNIT_AFTER = re.compile(
+    r"\s?(?:元|美元|欧元|日元|万|亿|人|次|个|年|%|percent|dollars|euros|usd|rmb|km|kg|bytes|ms\b)", re.IGNORECASE
+)
 _ARITHMETIC_BEFORE = re.compile(r"(?:[\d)\]}=*/^×÷]|(?<![A-Za-z])[a-z])\s*$")
 _SSN_WORDS = re.compile(r"(?:ssn|social security)[^\n]{0,20}$", re.IGNORECASE)
 
@@ -208,7 +210,9 @@ def _check_cn_id(match: re.Match[str], text: str) -> tuple[int, int] | None:
     return match.span() if cn_id_valid(match.group()) else None
 
 
-_CARD = re.compile(r"4\d{15}|4\d{18}|5[1-5]\d{14}|2[2-7]\d{14}|62\d{14,17}|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}|35\d{14}|6(?:011|4[4-9]\d|5\d\d)\d{12}")
+_CARD = re.compile(
+    r"4\d{15}|4\d{18}|5[1-5]\d{14}|2[2-7]\d{14}|62\d{14,17}|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}|35\d{14}|6(?:011|4[4-9]\d|5\d\d)\d{12}"
+)
 
 
 def _check_card(match: re.Match[str], text: str) -> tuple[int, int] | None:
@@ -248,10 +252,13 @@ def _check_phone(match: re.Match[str], text: str) -> tuple[int, int] | None:
 
 
 def _phone_key(value: str) -> str:
-    return re.sub(r"^(?:00)?86(?=1\d{10}$)|^1(?=[2-9]\d{9}$)", "", _digits(value))
+    # Without the country code: of China before a mobile number, of North America where it is set off.
+    return re.sub(r"^(?:00)?86(?=1\d{10}$)", "", _digits(re.sub(r"^(?:\+1|1(?=\D))", "", value)))
 
 
-_EMAIL_FILES = re.compile(r"\.(?:png|jpe?g|gif|svg|webp|bmp|ico|css|js|ts|py|json|html?|zip|tgz|gz|whl|jar)$", re.IGNORECASE)
+_EMAIL_FILES = re.compile(
+    r"\.(?:png|jpe?g|gif|svg|webp|bmp|ico|css|js|ts|py|json|html?|zip|tgz|gz|whl|jar)$", re.IGNORECASE
+)
 
 
 def _check_email(match: re.Match[str], text: str) -> tuple[int, int] | None:
@@ -262,6 +269,13 @@ def _check_email(match: re.Match[str], text: str) -> tuple[int, int] | None:
     return match.span()
 
 
+# Four small numbers with dots are the version of a program more often than an address, unless the words say otherwise.
+_ADDRESS_WORDS = re.compile(
+    r"(?:(?<![A-Za-z])(?:ips?|ipv4|address(?:es)?|host|server|ping|ssh|from|client|login|addr|remote|dns|gateway)"
+    r"(?![A-Za-z])|地址|服务器|主机|登录|来自)[^\n.;。；]{0,12}$|//$|@$",
+    re.IGNORECASE,
+)
+_SMALLEST_OCTET = 20  # of a first octet that needs no such words
 _WELL_KNOWN = {"8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9", "114.114.114.114", "223.5.5.5", "119.29.29.29"}
 
 
@@ -271,7 +285,10 @@ def _check_ipv4(match: re.Match[str], text: str) -> tuple[int, int] | None:
     harmless = address.is_loopback or address.is_unspecified or address.is_link_local or address.is_multicast
     if harmless or value in _WELL_KNOWN or value.startswith(("255.", "0.", "10.", "192.168.")) or _is_private_b(value):
         return None
-    return None if _VERSION.search(_before(match, text)) else match.span()
+    before = _before(match, text)
+    if _VERSION.search(before) or (int(value.split(".")[0]) < _SMALLEST_OCTET and not _ADDRESS_WORDS.search(before)):
+        return None
+    return match.span()
 
 
 def _is_private_b(value: str) -> bool:
@@ -380,7 +397,8 @@ _KINDS: dict[PiiName, _Kind] = {
     ),
     "IPV4": _Kind(
         re.compile(
-            r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?![\w]|[.-]\w)", _A
+            r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?![\w]|[.-]\w)",
+            _A,
         ),
         re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d", _A),
         _check_ipv4,

@@ -41,7 +41,9 @@ def preference_step(rows: Sequence[Row], config: PreferenceStep) -> StepResult:
         UserError: a column is missing.
     """
     if any(column not in row for row in rows for column in ("prompt", "chosen", "rejected")):
-        raise UserError("preferences: a row lacks one of the columns prompt, chosen, rejected; map them, or remove the step")
+        raise UserError(
+            "preferences: a row lacks one of the columns prompt, chosen, rejected; map them, or remove the step"
+        )
     pairs = [tuple(joined(row[column]) for column in ("prompt", "chosen", "rejected")) for row in rows]
     reasons = _useless(pairs)
     left = [number for number in range(len(rows)) if number not in reasons]

@@ -59,7 +59,11 @@ def _length_fault(text: str, config: LengthStep) -> tuple[str, str] | None:
 
 
 class RepetitionStep(StepConfig):
-    """Repetition within one text, after table A1 of Gopher (Rae et al. 2021)."""
+    """Repetition within one text, after table A1 of Gopher (Rae et al. 2021).
+
+    Gopher's limits are for web pages. Answers repeat more, in lists and in code, so the n-gram limits here are 1.5 times
+    (most frequent) and twice (repeated) Gopher's; docs/cleaning.md has the shares of rows that go under either.
+    """
 
     step: Literal["repetition"] = "repetition"
     min_units: int = Field(
@@ -71,11 +75,11 @@ class RepetitionStep(StepConfig):
     duplicate_paragraphs: float = Field(default=0.3, gt=0, le=1, description="Largest share of repeated paragraphs.")
     duplicate_paragraph_chars: float = Field(default=0.2, gt=0, le=1, description="The same by characters.")
     top_ngrams: dict[int, float] = Field(
-        default={2: 0.20, 3: 0.18, 4: 0.16},
+        default={2: 0.30, 3: 0.27, 4: 0.24},
         description="n: largest share of the text's characters that its most frequent n-gram of words covers.",
     )
     duplicate_ngrams: dict[int, float] = Field(
-        default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10},
+        default={5: 0.30, 6: 0.28, 7: 0.26, 8: 0.24, 9: 0.22, 10: 0.20},
         description="n: largest share of characters inside n-grams of words that occur more than once.",
     )
     chars_per_word: int = Field(
