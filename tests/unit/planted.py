@@ -190,7 +190,8 @@ def ssn(rng: random.Random) -> str:
 
 def ipv4(rng: random.Random) -> str:
     """A public IPv4 address."""
-    return f"{rng.choice([23, 45, 101, 123, 185, 203, 220])}.{rng.randint(0, 255)}.{rng.randint(0, 255)}.{rng.randint(1, 254)}"
+    first = rng.choice([23, 45, 101, 123, 185, 203, 220])
+    return f"{first}.{rng.randint(0, 255)}.{rng.randint(0, 255)}.{rng.randint(1, 254)}"
 
 
 def ipv6(rng: random.Random) -> str:
@@ -223,8 +224,16 @@ def private_key(rng: random.Random) -> str:
 
 
 MAKERS: dict[str, Callable[[random.Random], str]] = {
-    **{"EMAIL": email, "PHONE": phone, "CN_ID": cn_id, "BANK_CARD": card, "SSN": ssn, "IBAN": iban},
-    **{"IPV4": ipv4, "IPV6": ipv6, "API_KEY": api_key, "PRIVATE_KEY": private_key},
+    "EMAIL": email,
+    "PHONE": phone,
+    "CN_ID": cn_id,
+    "BANK_CARD": card,
+    "SSN": ssn,
+    "IBAN": iban,
+    "IPV4": ipv4,
+    "IPV6": ipv6,
+    "API_KEY": api_key,
+    "PRIVATE_KEY": private_key,
 }
 
 
@@ -250,6 +259,11 @@ def pii_texts(kind: str, count: int, seed: int) -> list[Planted]:
         start = len(before + glue + head)
         out.append(Planted(before + glue + head + value + tail + glue + after, [(kind, start, start + len(value))]))
     return out
+
+
+def words(text: str) -> list[str]:
+    """The words of a list."""
+    return text.split()
 
 
 def paragraph(rng: random.Random, chinese: bool) -> str:
@@ -279,10 +293,10 @@ def paragraph(rng: random.Random, chinese: bool) -> str:
             f"{rng.choice(things)}和{rng.choice(things)}，花了{rng.randint(2, 97)}天。"
             for _ in range(6)
         )
-    names = "Anna Boris Carla Dmitri Elif Farid Grace Hugo Ines Jonas Kofi Lena Mateo Nadia Omar Petra".split()
-    verbs = "repaired painted borrowed described lost measured sold photographed envied inherited".split()
-    things = "bicycle lantern violin telescope teapot atlas carpet ladder compass piano umbrella bridge kite".split()
-    places = "river station kitchen library harbour roof market garden museum forest tunnel ferry".split()
+    names = words("Anna Boris Carla Dmitri Elif Farid Grace Hugo Ines Jonas Kofi Lena Mateo Nadia Omar Petra")
+    verbs = words("repaired painted borrowed described lost measured sold photographed envied inherited")
+    things = words("bicycle lantern violin telescope teapot atlas carpet ladder compass piano umbrella bridge kite")
+    places = words("river station kitchen library harbour roof market garden museum forest tunnel ferry")
     return " ".join(
         f"{rng.choice(names)} {rng.choice(verbs)} the {rng.choice(things)} near the {rng.choice(places)} with "
         f"{rng.choice(names)} for {rng.randint(2, 97)} days."

@@ -84,7 +84,7 @@ def _useless(pairs: Sequence[tuple[str, ...]]) -> dict[int, tuple[str, str]]:
     for (prompt, chosen, rejected), numbers in seen.items():
         against = seen.get((prompt, rejected, chosen))
         if against:
-            reasons |= {number: ("contradicting_pair", f"row {against[0]} has the sides swapped") for number in numbers}
+            reasons |= dict.fromkeys(numbers, ("contradicting_pair", f"row {against[0]} has the sides swapped"))
     return reasons
 
 

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,8 +62,8 @@ def _length_fault(text: str, config: LengthStep) -> tuple[str, str] | None:
 class RepetitionStep(StepConfig):
     """Repetition within one text, after table A1 of Gopher (Rae et al. 2021).
 
-    Gopher's limits are for web pages. Answers repeat more, in lists and in code, so the n-gram limits here are 1.5 times
-    (most frequent) and twice (repeated) Gopher's; docs/cleaning.md has the shares of rows that go under either.
+    Gopher's limits are for web pages. Answers repeat more, in lists and in code, so the n-gram limits here are 1.5
+    times (most frequent) and twice (repeated) Gopher's; docs/cleaning.md has the shares of texts that go under either.
     """
 
     step: Literal["repetition"] = "repetition"
@@ -103,7 +104,7 @@ def _repetition_fault(text: str, config: RepetitionStep) -> tuple[str, str] | No
 
 def _longest_run(found: list[str]) -> int:
     longest = run = 1
-    for before, unit in zip(found, found[1:], strict=False):
+    for before, unit in pairwise(found):
         run = run + 1 if unit == before else 1
         longest = max(longest, run)
     return longest
@@ -174,7 +175,7 @@ _BOILERPLATE = [
     r"(?:click|tap) here to .{0,80}",
     r"(?:subscribe|sign up) (?:to|for) (?:our|the) .{0,40}(?:newsletter|channel|mailing list|updates).{0,60}",
     r"(?:share|follow us|like us) on (?:facebook|twitter|instagram|linkedin|pinterest|x)\b.{0,80}",
-    r"(?:terms of (?:use|service)|privacy policy)(?:\s*[|·/&,-]\s*(?:terms of (?:use|service)|privacy policy|contact(?: us)?))*",
+    r"(?:(?:terms of (?:use|service)|privacy policy|contact us)(?:\s*[|·/&,-]\s*|$)){1,4}",
     r"skip to (?:main )?content",
     r"(?:read more|continue reading|load more|back to top)[ .…»>]*",
     r"lorem ipsum dolor sit amet.{0,500}",
