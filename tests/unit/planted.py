@@ -288,10 +288,15 @@ def paragraph(rng: random.Random, chinese: bool) -> str:
             "古钟",
         ]
         places = ["河边", "山脚下", "图书馆里", "车站旁", "厨房里", "屋顶上", "操场上", "邻居家", "集市上", "船上"]
+        given = "明华强芳丽军伟娜静磊洋勇艳杰娟涛超霞平刚桂英兰鹏辉玲博文慧宇"
+
+        def name() -> str:
+            return rng.choice(people) + rng.choice(given) + rng.choice(given)
+
         return "".join(
-            f"{rng.choice(people)}{rng.choice('明华强芳丽军')}在{rng.choice(places)}{rng.choice(verbs)}"
-            f"{rng.choice(things)}和{rng.choice(things)}，花了{rng.randint(2, 97)}天。"
-            for _ in range(6)
+            f"{name()}在{rng.choice(places)}{rng.choice(verbs)}{name()}的{rng.choice(things)}，"
+            f"花了{rng.randint(2, 97)}天。"
+            for _ in range(7)
         )
     names = words("Anna Boris Carla Dmitri Elif Farid Grace Hugo Ines Jonas Kofi Lena Mateo Nadia Omar Petra")
     verbs = words("repaired painted borrowed described lost measured sold photographed envied inherited")

@@ -21,7 +21,7 @@ class PreferenceStep(StepConfig):
     step: Literal["preferences"] = "preferences"
     folds: int = Field(default=5, ge=2, description="Folds of the cross-fitted scorer; rows of a prompt share one.")
     flip_probability: float = Field(
-        default=0.05, gt=0, lt=0.5, description="Held-out probability of the label below which a pair is suspected."
+        default=0.1, gt=0, lt=0.5, description="Held-out probability of the label below which a pair is suspected."
     )
     flips: Literal["report", "drop", "swap"] = Field(default="report", description="What is done with suspected pairs.")
     min_accuracy: float = Field(
