@@ -95,7 +95,8 @@ def repetition_step(rows: Sequence[Row], config: RepetitionStep) -> StepResult:
 
 def _repetition_fault(text: str, config: RepetitionStep) -> tuple[str, str] | None:
     found = units(text)
-    if len(found) > config.max_run and (run := _longest_run(found)) > config.max_run:
+    # Cheap first: a run of n + 1 has n repetitions.
+    if len(found) - len(set(found)) >= config.max_run and (run := _longest_run(found)) > config.max_run:
         return "repeated_unit", f"one word {run} times in a row, max_run {config.max_run}"
     if len(found) < config.min_units:
         return None

@@ -54,7 +54,7 @@ def clean_text(text: str, config: UnicodeStep) -> str:
     Raises:
         UserError: `repair` without ftfy.
     """
-    if text.isascii() and not _DIRTY_ASCII.search(text):
+    if text.isascii() and ((text.isprintable() and text == text.strip()) or not _DIRTY_ASCII.search(text)):
         return text
     for _ in range(_MAX_ROUNDS):
         new = _once(text, config)
@@ -76,14 +76,16 @@ def _once(text: str, config: UnicodeStep) -> str:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if config.repair and _is_bad()(text):
             text = optional_module("ftfy", "ftfy", "unicode").fix_encoding(text)
-    if _CONTROL_OR_NEWLINE.search(text):
+    if not text.isprintable() and _CONTROL_OR_NEWLINE.search(text):
         text = _CONTROL.sub("", _NEWLINE.sub("\n", _ANSI.sub("", text)))
     if not text.isascii():
         if config.full_width != "keep" and _FULL_WIDTH.search(text):
             text = text.translate(_ALNUM_WIDTH if config.full_width == "alphanumerics" else _ALL_WIDTH)
         if config.form != "none" and not unicodedata.is_normalized(config.form, text):
             text = unicodedata.normalize(config.form, text)
-    if config.whitespace:
+    if config.whitespace and text.isprintable():  # no line breaks, no spaces but the plain one
+        text = text.strip()
+    elif config.whitespace:
         if not text.isascii():
             text = _SPACE.sub(" ", text)
         text = _BLANK_LINES.sub("\n\n", _LINE_END.sub("", text)).strip()
