@@ -16,7 +16,7 @@ DRY_RUN ?=
 LAUNCH ?=
 PYTHON ?= python3
 CONSTRAINTS ?= $(or $(SETUP_CONSTRAINTS),constraints.txt)
-DEFAULT_EXTRAS := tiny,dev
+DEFAULT_EXTRAS := tiny,dev,data
 EXTRAS ?= $(or $(SETUP_EXTRAS),$(DEFAULT_EXTRAS))
 PIP_ARGS ?= $(SETUP_PIP_ARGS)
 
