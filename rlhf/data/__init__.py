@@ -1,7 +1,8 @@
 """Data: recipes, sources, formats, splits, and the one renderer of all stages."""
 
+from rlhf.data.fingerprint import DATA_VERSION, data_fingerprint
 from rlhf.data.formats import FORMATS, KIND_COLUMNS, Prompt
-from rlhf.data.pipeline import DATA_VERSION, data_fingerprint, load_rows
+from rlhf.data.load import load_rows
 from rlhf.data.recipe import DATA_RECIPES_DIR, DataRecipe, load_data_recipe
 from rlhf.data.render import Renderer
 

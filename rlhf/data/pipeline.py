@@ -1,8 +1,5 @@
-"""From a data recipe to the rows of a stage: read, select, split, clean, convert, filter, derive, order."""
+"""From a source to native rows: read, select, split, normalise, convert, filter. One row after the other."""
 
-import hashlib
-import heapq
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -10,23 +7,19 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
+from rlhf.data.cleaning.pii import mask_row
 from rlhf.data.filters import failed_filter, normalize
 from rlhf.data.formats import (
     FORMATS,
-    KIND_COLUMNS,
-    POOLED,
     WITH_PROMPT,
     DropRow,
     FormatOptions,
-    check_derivation,
     convert_rows,
-    derive_rows,
     detect_format,
-    order_key,
 )
 from rlhf.data.quarantine import Quarantine
-from rlhf.data.recipe import DataRecipe, load_data_recipe
-from rlhf.data.sources import iter_rows, source_hash
+from rlhf.data.recipe import DataRecipe
+from rlhf.data.sources import iter_rows
 from rlhf.data.splits import group_key, needs_sizes, split_sides
 from rlhf.errors import UserError
 from rlhf.yamlio import nearest, validate
@@ -35,135 +28,13 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-# Part of every fingerprint. Raise it when the same recipe and source begin to give other rows.
-DATA_VERSION = 1
 PEEK_ROWS = 1000  # what columns there are is decided on the first so many rows
 SHOWN_DROPS = 3
 SHOWN_CHARS = 300
 
 
-def load_rows(
-    recipe: DataRecipe,
-    split: str,
-    kind: str,
-    limit: int | None = None,
-    seed: int | None = None,
-) -> list[Row]:
-    """Loads the canonical rows of one split, in a seeded order.
-
-    The order depends on the rows' content and the seed, not on the source (many sources are sorted by label), so the
-    first rows are a fair sample and a smaller limit gives a prefix of a larger one.
-
-    Args:
-        recipe: what `load_data_recipe` returned.
-        split: one of the recipe's split names.
-        kind: text, rated, sft, preference or prompts; rlhf/data/formats.py lists their columns.
-        limit: at most this many rows, >= 1; None = all.
-        seed: of the order and of the pairing; None = the recipe's. It never moves a row to another split.
-
-    Raises:
-        UserError: unknown split or kind, missing package, file or column, too many bad rows, or no rows left.
-    """
-    where = f"data recipe {recipe.name!r}, split {split!r}"
-    if not recipe.mixture and split not in recipe.split.names:
-        known = ", ".join(recipe.split.names)
-        raise UserError(f"{where}: no such split{nearest(split, recipe.split.names)}; the recipe has {known}")
-    if kind not in KIND_COLUMNS:
-        raise UserError(f"{where}: kind {kind!r} does not exist; known: {', '.join(KIND_COLUMNS)}")
-    if limit is not None and limit < 1:
-        raise UserError(f"{where}: limit is {limit}; must be at least 1, or null for all rows")
-    seed = recipe.split.seed if seed is None else seed
-    if recipe.mixture:
-        rows = _mixed_rows(recipe, split, kind, seed)
-        return sorted(rows, key=lambda row: order_key(row, seed))[:limit]
-    with Quarantine() as quarantine:
-        counts = Counts(quarantine)
-        try:
-            rows = _first_rows(_kind_rows(recipe, split, kind, seed, counts), limit, seed)
-            quarantine.check(recipe.max_bad_rows)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-    _report(where, kind, rows, counts)
-    return rows
-
-
-def _report(where: str, kind: str, rows: list[Row], counts: "Counts") -> None:
-    quarantine = counts.quarantine
-    lost = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items() if count) or "none"
-    if quarantine.count:
-        first = quarantine.examples[0]
-        logger.warning(
-            "%s: %d bad rows of %d left out, the first is %s: %s (`make data` writes them all to a file)",
-            *(where, quarantine.count, quarantine.rows, first["where"], first["reason"]),
-        )
-    if not rows:
-        raise UserError(
-            f"{where}: no {kind} rows left of {counts.in_split} in the split (dropped: {lost}); "
-            "loosen the filters or enlarge the split"
-        )
-    logger.info("%s: %d %s rows from %d source rows (dropped: %s)", where, len(rows), kind, counts.in_split, lost)
-
-
-def _first_rows(rows: Iterable[Row], limit: int | None, seed: int) -> list[Row]:
-    """The rows in their seeded order; with a limit, no more than so many are in memory at once."""
-    if limit is None:
-        return sorted(rows, key=lambda row: order_key(row, seed))
-    return heapq.nsmallest(limit, rows, key=lambda row: order_key(row, seed))
-
-
-def _mixed_rows(recipe: DataRecipe, split: str, kind: str, seed: int) -> list[Row]:
-    """Of each part its share of the largest mixture that needs no row twice, the first ones in their seeded order."""
-    parts = [load_data_recipe(item.recipe) for item in recipe.mixture or ()]
-    for part in parts:
-        if part.mixture:
-            raise UserError(f"data recipe {recipe.name!r}: {part.name!r} is a mixture itself; name its parts instead")
-    loaded = [load_rows(part, split, kind, seed=seed) for part in parts]
-    shares = [item.fraction for item in recipe.mixture or ()]
-    total = min(len(rows) / share for rows, share in zip(loaded, shares, strict=True))
-    taken = [rows[: round(total * share)] for rows, share in zip(loaded, shares, strict=True)]
-    shown = ", ".join(
-        f"{len(kept)} of {len(rows)} {part.name}" for kept, rows, part in zip(taken, loaded, parts, strict=True)
-    )
-    logger.info("data recipe %r, split %r: mixture of %s", recipe.name, split, shown)
-    return [row for rows in taken for row in rows]
-
-
-def _kind_rows(recipe: DataRecipe, split: str, kind: str, seed: int, counts: "Counts") -> Iterable[Row]:
-    """Rows of one split as `kind`: one after the other, unless pairing needs all of them."""
-    recipe = detected(recipe)
-    native = FORMATS[named(recipe)].native
-    native_rows = (row for _, row in clean_rows(recipe, counts, split))
-    options = _options(recipe)
-    if (native, kind) in POOLED:
-        rows = list(native_rows)
-        # Nothing left to derive is reported by the caller, with the counts that explain it.
-        return derive_rows(native, kind, rows, options, seed, counts.dropped) if rows else []
-    check_derivation(native, kind)
-    return (out for row in native_rows for out in derive_rows(native, kind, [row], options, seed, counts.dropped))
-
-
-def data_fingerprint(recipe: DataRecipe) -> str:
-    """sha256 (hex) over everything that the rows depend on: the recipe, the source's bytes, and this code's version.
-
-    Licence and homepage are left out: correcting them must not retrain a model.
-
-    Raises:
-        UserError: the source does not exist.
-    """
-    parts: dict[str, Any] = {"version": DATA_VERSION, "recipe": recipe_content(recipe)}
-    if recipe.source is not None:
-        parts["source"] = source_hash(recipe.source)
-    else:
-        parts["mixture"] = [data_fingerprint(load_data_recipe(item.recipe)) for item in recipe.mixture or ()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def recipe_content(recipe: DataRecipe) -> dict[str, Any]:
-    """What of a recipe decides its rows."""
-    return recipe.model_dump(mode="json", exclude={"licence", "homepage"})
-
-
-def _options(recipe: DataRecipe) -> FormatOptions:
+def options_of(recipe: DataRecipe) -> FormatOptions:
+    """The recipe's fields that converters depend on."""
     return FormatOptions(**{name: getattr(recipe, name) for name in FormatOptions.__dataclass_fields__})
 
 
@@ -174,7 +45,7 @@ class Counts:
     Attributes:
         quarantine: the rows that could not be used for what they are.
         selected: rows that `where` let through.
-        in_split: rows of the wanted split or splits.
+        in_split: split -> rows of it, before anything is done to them.
         kept: split -> rows that are left.
         dropped: reason -> rows that format or filters left out.
         examples: reason -> the first few of them, shortened.
@@ -182,17 +53,17 @@ class Counts:
 
     quarantine: Quarantine
     selected: int = 0
-    in_split: int = 0
+    in_split: Counter[str] = field(default_factory=Counter)
     kept: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def drop(self, reason: str, row: Row) -> None:
-        """Counts a row that is left out."""
+        """Counts a row that is left out; personal data in the shown ones is masked."""
         self.dropped[reason] += 1
         shown = self.examples.setdefault(reason, [])
         if len(shown) < SHOWN_DROPS:
-            shown.append(repr(row)[:SHOWN_CHARS])
+            shown.append(repr(mask_row(row)[0])[:SHOWN_CHARS])
 
 
 def named(recipe: DataRecipe) -> str:
@@ -219,8 +90,8 @@ def detected(recipe: DataRecipe) -> DataRecipe:
     )
 
 
-def clean_rows(recipe: DataRecipe, counts: Counts, only: str | None = None) -> Iterator[tuple[str, Row]]:
-    """Reads, selects, splits, cleans, converts and filters, one row after the other.
+def native_rows(recipe: DataRecipe, counts: Counts, only: str | None = None) -> Iterator[tuple[str, Row]]:
+    """Reads, selects, splits, normalises, converts and filters, one row after the other.
 
     Memory does not grow with the source, unless `split.rows` or `split.max_rows` ask for all group keys first.
 
@@ -233,14 +104,14 @@ def clean_rows(recipe: DataRecipe, counts: Counts, only: str | None = None) -> I
         (split name, native row of the recipe's format).
     """
     side = split_sides(recipe.split, _group_sizes(recipe) if needs_sizes(recipe.split) else {})
-    options, form = _options(recipe), FORMATS[named(recipe)]
+    options, form = options_of(recipe), FORMATS[named(recipe)]
     steps = [name for name, wanted in recipe.normalize.model_dump().items() if wanted]
     columns = set(form.columns)
     for number, row, key in _keyed_rows(recipe, counts):
         split = side(key)
         if split is None or (only is not None and split != only):
             continue
-        counts.in_split += 1
+        counts.in_split[split] += 1
         if steps:
             row = {k: normalize(v, steps) if k in columns else v for k, v in row.items()}
         native = _converted(row, recipe, options, counts, f"row {number}")
@@ -272,7 +143,10 @@ def _converted(row: Row, recipe: DataRecipe, options: FormatOptions, counts: Cou
 
 
 def _group_sizes(recipe: DataRecipe) -> Counter[str]:
-    return Counter(key for _, _, key in _keyed_rows(recipe, Counts(Quarantine())))
+    counts = Counts(Quarantine())
+    sizes = Counter(key for _, _, key in _keyed_rows(recipe, counts))
+    counts.quarantine.check(recipe.max_bad_rows)  # or a split that is too small would be said to be the fault
+    return sizes
 
 
 def _keyed_rows(recipe: DataRecipe, counts: Counts) -> Iterator[tuple[int, Row, str]]:
@@ -371,7 +245,7 @@ def _group_function(recipe: DataRecipe, head: list[Row]) -> Callable[[Row], str]
 def _converted_prompt(row: Row, recipe: DataRecipe) -> str:
     """The prompt that a format computes (a dialogue's common prefix); a row that will be dropped stands for itself."""
     try:
-        return group_key(FORMATS[named(recipe)].convert(row, _options(recipe))["prompt"])
+        return group_key(FORMATS[named(recipe)].convert(row, options_of(recipe))["prompt"])
     except (DropRow, UserError):
         return group_key(row)
 

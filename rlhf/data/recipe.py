@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from rlhf.data.cleaning import CleaningStep, ContaminationStep, PerplexityStep, SafetyStep, SemanticStep, StepConfig
 from rlhf.data.filters import FILTERS
 from rlhf.data.formats import FORMATS
 from rlhf.errors import UserError
@@ -148,6 +149,15 @@ class SplitSpec(_Strict):
         return self.fractions or {"train": 0.9, "validation": 0.05, "test": 0.05}
 
 
+class DefaultSteps(_Strict):
+    """The default cleaning steps, in the place where they stand in the list; docs/cleaning.md has them."""
+
+    step: Literal["default"] = "default"
+
+
+CleanItem = Annotated[CleaningStep | DefaultSteps, Field(discriminator="step")]
+
+
 class MixtureItem(_Strict):
     """One part of a mixture."""
 
@@ -183,6 +193,16 @@ class DataRecipe(_Strict):
         description="One-key filters such as {min_words: 8}; a row must pass all, on all its responses.",
     )
     normalize: NormalizeSpec = Field(default=NormalizeSpec(), description="Text clean-up before the filters.")
+    clean: list[CleanItem] = Field(
+        default=[DefaultSteps(step="default")],
+        description="Cleaning steps, in their order: {step: pii} and others, see docs/cleaning.md; [] = none.",
+    )
+    synthetic: bool | None = Field(
+        default=None, description="Whether a model wrote the answers (of prompts: the prompts); null = not known."
+    )
+    max_synthetic: float | None = Field(
+        default=None, ge=0, le=1, description="mixture: largest share of rows of parts that are `synthetic`."
+    )
     split: SplitSpec = Field(default=SplitSpec(), description="How rows are divided.")
     max_bad_rows: float = Field(
         default=0.01, ge=0, le=1, description="Share of rows that may be unreadable or of wrong types before all stops."
@@ -225,6 +245,16 @@ class DataRecipe(_Strict):
                 _check_regex(name, str(value))
         return filters
 
+    @field_validator("clean")
+    @classmethod
+    def _check_steps(cls, steps: list[StepConfig]) -> list[StepConfig]:
+        for step in steps:
+            if isinstance(step, ContaminationStep) and not step.sets:
+                raise ValueError("contamination: sets is empty; name the data recipes of the evaluation sets")
+            if isinstance(step, PerplexityStep | SafetyStep | SemanticStep) and step.model is None:
+                raise ValueError(f"{step.step}: no model; give the folder or the Hub id of one")
+        return steps
+
     @field_validator("prompt_template")
     @classmethod
     def _check_template(cls, template: str | None) -> str | None:
@@ -256,11 +286,13 @@ class DataRecipe(_Strict):
         if (self.source is None) == (self.mixture is None):
             raise ValueError("give exactly one of source and mixture")
         if self.mixture is None:
+            if self.max_synthetic is not None:
+                raise ValueError("max_synthetic has a meaning for a mixture alone; remove it")
             return
         total = sum(item.fraction for item in self.mixture)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"mixture: the fractions sum to {total:g}; make the sum 1")
-        own = sorted(self.model_fields_set - {"name", "mixture", "split", "licence", "homepage"})
+        own = sorted(self.model_fields_set - {"name", "mixture", "max_synthetic", "split", "licence", "homepage"})
         if own:
             raise ValueError(f"{own[0]} has no meaning beside mixture: the parts' own recipes say it; remove it")
 

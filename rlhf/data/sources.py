@@ -100,7 +100,7 @@ def source_files(source: PackageSource | FilesSource) -> list[Path]:
     patterns = [source.files] if isinstance(source.files, str) else source.files
     paths: list[Path] = []
     for pattern in patterns:
-        pattern = _expanded(pattern)
+        pattern = expanded(pattern, "source.files")
         found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
         files = [Path(name) for name in found if Path(name).is_file()]
         if not files:
@@ -119,12 +119,16 @@ def file_hash(path: Path) -> str:
     return _hashes[key]
 
 
-def _expanded(pattern: str) -> str:
-    """Puts environment variables in the place of `${NAME}`."""
+def expanded(pattern: str, where: str) -> str:
+    """Puts environment variables in the place of `${NAME}`.
+
+    Raises:
+        UserError: a variable is not set.
+    """
     for name in _VARIABLE.findall(pattern):
         if not os.environ.get(name):
             raise UserError(
-                f"source.files: {pattern!r} needs the environment variable {name}, which is not set; run "
+                f"{where}: {pattern!r} needs the environment variable {name}, which is not set; run "
                 f"`export {name}=/folder/of/the/data` first, or write the path into the recipe"
             )
     return _VARIABLE.sub(lambda match: os.environ[match[1]], pattern)

@@ -68,7 +68,35 @@ def test_a_chain_of_similar_rows_does_not_collapse() -> None:
 def test_empty_and_tiny_texts_do_not_break_the_hashing() -> None:
     pytest.importorskip("rensa")
     assert run_step(NearStep(), []).rows == []
-    assert run_step(NearStep(), [{"t": ""}, {"t": "a"}, {"t": "!"}, {"t": "b"}]).index == [0, 1, 3]
+    assert run_step(NearStep(), [{"t": ""}, {"t": "a"}, {"t": "!"}, {"t": "b"}]).index == [0, 1, 2, 3]
+    # Rows without the columns that are compared are nobody's duplicates.
+    assert run_step(NearStep(columns=["u"]), [{"t": "a"}, {"t": "a"}]).index == [0, 1]
+    assert run_step(ExactStep(columns=["u"]), [{"t": "a"}, {"t": "a"}]).index == [0, 1]
+
+
+def test_other_answers_to_one_long_prompt_are_no_duplicates() -> None:
+    pytest.importorskip("rensa")
+    long = " ".join(paragraph(random.Random(seed), False) for seed in range(6))
+    answers = [
+        "Yes, a red apple is what I want.",
+        "No; nothing of that kind, thank you!",
+        "yes a red apple is what I want",
+    ]
+    rows = [{"prompt": long, "completion": answer} for answer in answers]
+    assert run_step(NearStep(), rows).index == [0, 1]
+    assert run_step(NearStep(min_column=0), rows).index == [0]
+
+
+@pytest.mark.parametrize("config", [ExactStep(across_only=True), NearStep(across_only=True)])
+def test_across_only_leaves_what_repeats_inside_a_split(config: ExactStep | NearStep) -> None:
+    if isinstance(config, NearStep):
+        pytest.importorskip("rensa")
+    a, b = paragraph(random.Random(0), False), paragraph(random.Random(1), True)
+    rows = [{"t": text} for text in (a, a, b, b, a, a)]
+    result = run_step(config, rows, splits=["train", "train", "train", "train", "test", "test"])
+    assert result.index == [2, 3, 4, 5]
+    assert result.report == {"duplicates": 2, "across_splits": 2}
+    assert run_step(config, rows).index == [0, 1, 2, 3, 4, 5]
 
 
 def test_candidates_of_large_buckets_grow_linearly() -> None:

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from rlhf.data import DataRecipe, load_rows
-from rlhf.data.pipeline import Counts, clean_rows, detected
+from rlhf.data.pipeline import Counts, detected, native_rows
 from rlhf.data.quarantine import Quarantine
 from rlhf.errors import UserError
 from rlhf.yamlio import validate
@@ -33,7 +33,7 @@ def read(recipe, folder):
     file = folder / "quarantine.jsonl"
     with Quarantine(file) as quarantine:
         counts = Counts(quarantine)
-        rows = [row for _, row in clean_rows(detected(recipe), counts)]
+        rows = [row for _, row in native_rows(detected(recipe), counts)]
     records = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line] if file.exists() else []
     return rows, counts, records
 

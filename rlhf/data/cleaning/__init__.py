@@ -18,8 +18,8 @@ The interface, for whoever runs the steps:
   be pickled. A set step needs all rows at once.
 * Set steps that remove duplicates take `splits`, the name of each row's split, and clean across them: pass the rows of
   all splits together, and carry the names along with `result.index`.
-* What is no data is a keyword of the step: `eval_sets` (contamination), `embed` (semantic), `model` and `tokenizer`
-  (perplexity).
+* What is no data is a keyword of the step: `eval_sets` (contamination), `embed` (semantic), `classify` (safety),
+  `model` and `tokenizer` (perplexity). In a data recipe the fields `sets` and `model` name them.
 * Nothing is random but what a config's `seed` fixes; the same rows in the same order give the same result.
 * Packages of the extras `data` and `semantic` are imported when a step first needs them; a UserError names the extra
   when one is missing.
@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlhf.data.cleaning.base import Dropped, Row, StepConfig, StepResult
+from rlhf.data.cleaning.base import Dropped, Row, StepConfig, StepResult, added
 from rlhf.data.cleaning.contamination import ContaminationStep, contamination_step
 from rlhf.data.cleaning.difficulty import PerplexityStep, perplexity_step
 from rlhf.data.cleaning.duplicates import ExactStep, NearStep, exact_step, near_step
@@ -49,6 +49,7 @@ from rlhf.data.cleaning.rules import (
     repetition_step,
     sensitive_step,
 )
+from rlhf.data.cleaning.safety import SafetyStep, safety_step
 from rlhf.data.cleaning.semantic import SemanticStep, semantic_step
 from rlhf.data.cleaning.text import UnicodeStep, unicode_step
 
@@ -60,6 +61,7 @@ CleaningStep = Annotated[
     | LanguageStep
     | SensitiveStep
     | PiiStep
+    | SafetyStep
     | ExactStep
     | NearStep
     | ContaminationStep
@@ -77,6 +79,7 @@ _FUNCTIONS: dict[type[StepConfig], Callable[..., StepResult]] = {
     LanguageStep: language_step,
     SensitiveStep: sensitive_step,
     PiiStep: pii_step,
+    SafetyStep: safety_step,
     ExactStep: exact_step,
     NearStep: near_step,
     ContaminationStep: contamination_step,
@@ -96,7 +99,7 @@ def run_step(config: StepConfig, rows: Sequence[Row], **inputs: Any) -> StepResu
     Args:
         config: one of the configs of `CleaningStep`.
         rows: all rows of a set step, any chunk for a row step; not written to.
-        inputs: what the step takes beside rows: `splits`, `eval_sets`, `embed`, `model`, `tokenizer`.
+        inputs: what the step takes beside rows: `splits`, `eval_sets`, `embed`, `classify`, `model`, `tokenizer`.
 
     Raises:
         UserError: a package, file or column is missing.
@@ -116,16 +119,9 @@ def merge(results: Sequence[StepResult], sizes: Sequence[int]) -> StepResult:
         whole.rows += result.rows
         whole.index += [offset + number for number in result.index]
         whole.dropped += [Dropped(offset + item.index, item.row, item.reason, item.detail) for item in result.dropped]
-        whole.report = _added(whole.report, result.report)
+        whole.report = added(whole.report, result.report)
         offset += size
     return whole
-
-
-def _added(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    total = dict(first)
-    for name, value in second.items():
-        total[name] = _added(total.get(name, {}), value) if isinstance(value, dict) else total.get(name, 0) + value
-    return total
 
 
 __all__ = [
@@ -142,6 +138,7 @@ __all__ = [
     "PiiStep",
     "PreferenceStep",
     "RepetitionStep",
+    "SafetyStep",
     "SemanticStep",
     "SensitiveStep",
     "StepConfig",

@@ -110,6 +110,14 @@ def split_result(
     return StepResult([rows[number] for number in index], index, dropped, report or {})
 
 
+def added(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The sum of two reports of counts, key by key."""
+    total = dict(first)
+    for name, value in second.items():
+        total[name] = added(total.get(name, {}), value) if isinstance(value, dict) else total.get(name, 0) + value
+    return total
+
+
 def optional_module(name: str, package: str, step: str, extra: str = "data") -> ModuleType:
     """Imports a module of an extra.
 

@@ -18,6 +18,9 @@ class ContaminationStep(StepConfig):
     """Drops rows that share an n-gram with an evaluation set."""
 
     step: Literal["contamination"] = "contamination"
+    sets: list[str] = Field(
+        default_factory=list, description="In a recipe: data recipes of the evaluation sets, by name or path."
+    )
     ngram: int = Field(default=13, ge=2, description="Words (Chinese: characters) in a row that make an overlap.")
     min_units: int = Field(
         default=8, ge=2, description="Evaluation texts shorter than an n-gram count whole, from this many words on."

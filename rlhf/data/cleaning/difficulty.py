@@ -16,6 +16,9 @@ class PerplexityStep(StepConfig):
     """Writes each row's perplexity and curriculum phase, and drops rows outside the bounds."""
 
     step: Literal["perplexity"] = "perplexity"
+    model: str | None = Field(
+        default=None, min_length=1, description="In a recipe: folder or Hub id of the base model, a causal one."
+    )
     context: str | None = Field(
         default=None, description="Column that is read but not scored (prompt); null = all texts are scored."
     )

@@ -31,6 +31,10 @@ class _Duplicates(StepConfig):
         description="Splits whose rows stay, strongest first; splits not named come before the last one.",
     )
 
+    across_only: bool = Field(
+        default=False, description="A row goes only for a row of another split: leaks, not repetition inside a split."
+    )
+
 
 class ExactStep(_Duplicates):
     """Drops rows whose texts equal another row's but for case, spacing, punctuation and Unicode form."""
@@ -44,6 +48,12 @@ class NearStep(_Duplicates):
     step: Literal["near_duplicates"] = "near_duplicates"
     threshold: float = Field(
         default=0.8, gt=0, le=1, description="Jaccard similarity of shingles from which a row goes."
+    )
+    min_column: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Each column alone must be so similar too: other answers to one long prompt are no duplicates.",
     )
     bands: int = Field(default=20, ge=1, description="Bands of the signature; more find more and cost more.")
     rows_per_band: int = Field(default=6, ge=1, description="Hashes per band; more make a band stricter.")
@@ -59,18 +69,30 @@ def plain(text: str) -> str:
     return _NOT_WORD.sub(" ", text.lower()).strip()
 
 
+Reasons = dict[int, tuple[str, str]]
+
+
 def exact_step(rows: Sequence[Row], config: ExactStep, splits: Sequence[str] | None = None) -> StepResult:
     """Of rows with equal texts the first of the strongest split stays. Memory: 16 bytes of hash per row."""
+    return split_result(rows, *exact_reasons(rows, config, splits))
+
+
+def exact_reasons(
+    rows: Sequence[Row], config: ExactStep, splits: Sequence[str] | None = None
+) -> tuple[Reasons, dict[str, int]]:
+    """What `exact_step` drops: (reason, detail) by row number, and its report. Each row is asked for once."""
     seen: dict[bytes, int] = {}
-    reasons: dict[int, tuple[str, str]] = {}
+    reasons: Reasons = {}
     for number in split_order(len(rows), splits, config.priority):
         # The column goes in too: a prompt that another row has as its completion is no duplicate.
-        parts = (f"{name}\x00{plain(text)}" for name, text in _columns(rows[number], config))
+        parts = [f"{name}\x00{text}" for name, text in _columns(rows[number], config)]
+        if not parts:
+            continue
         key = hashlib.blake2b("\x01".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
         first = seen.setdefault(key, number)
-        if first != number:
+        if first != number and (not config.across_only or _apart(first, number, splits)):
             reasons[number] = ("exact_duplicate", _stays(first, splits))
-    return split_result(rows, reasons, _across(reasons, splits))
+    return reasons, _across(reasons, splits)
 
 
 def near_step(rows: Sequence[Row], config: NearStep, splits: Sequence[str] | None = None) -> StepResult:
@@ -82,21 +104,28 @@ def near_step(rows: Sequence[Row], config: NearStep, splits: Sequence[str] | Non
     Raises:
         UserError: rensa is not installed.
     """
+    return split_result(rows, *near_reasons(rows, config, splits))
+
+
+def near_reasons(
+    rows: Sequence[Row], config: NearStep, splits: Sequence[str] | None = None
+) -> tuple[Reasons, dict[str, int]]:
+    """What `near_step` drops: (reason, detail) by row number, and its report. Rows are asked for again and again."""
     order = split_order(len(rows), splits, config.priority)
     texts = _Texts(rows, config)
     hashes = band_hashes((texts.shingles(number) for number in order), len(order), config)
-    reasons: dict[int, tuple[str, str]] = {}
-    last, last_shingles = -1, set[str]()
+    reasons: Reasons = {}
+    last, last_columns = -1, dict[str, str]()
     for later, earlier in candidate_pairs(hashes).tolist():
         number, other = order[later], order[earlier]
-        if number in reasons or other in reasons:
+        if number in reasons or other in reasons or (config.across_only and not _apart(number, other, splits)):
             continue
         if number != last:
-            last, last_shingles = number, texts.shingles(number)
-        similarity = jaccard(last_shingles, texts.shingles(other))
+            last, last_columns = number, texts.columns(number)
+        similarity = texts.similarity(last_columns, texts.columns(other))
         if similarity >= config.threshold:
             reasons[number] = ("near_duplicate", f"similarity {similarity:.2f}, {_stays(other, splits)}")
-    return split_result(rows, reasons, _across(reasons, splits))
+    return reasons, _across(reasons, splits)
 
 
 class _Texts:
@@ -105,17 +134,43 @@ class _Texts:
     def __init__(self, rows: Sequence[Row], config: NearStep) -> None:
         self.rows, self.config = rows, config
 
+    def columns(self, number: int) -> dict[str, str]:
+        """The plain texts of a row by column, without the empty ones."""
+        return dict(_columns(self.rows[number], self.config))
+
     def shingles(self, number: int) -> set[str]:
-        text = plain("\n".join(text for _, text in _columns(self.rows[number], self.config)))
+        """Of the whole row; none where it has no text."""
+        return self._shingled(" ".join(self.columns(number).values()))
+
+    def _shingled(self, text: str) -> set[str]:
+        if not text:
+            return set()
         chinese = len(_CJK.findall(text)) > len(text) / 2
         size = self.config.shingle_cjk if chinese else self.config.shingle
         return {text[start : start + size] for start in range(max(1, len(text) - size + 1))}
 
+    def similarity(self, first: dict[str, str], second: dict[str, str]) -> float:
+        """Of the whole rows; 0 where a column alone is below `min_column`."""
+        if first.keys() != second.keys():
+            return 0.0
+        whole = jaccard(self._shingled(" ".join(first.values())), self._shingled(" ".join(second.values())))
+        if len(first) == 1 or whole < self.config.threshold:
+            return whole
+        alone = min(jaccard(self._shingled(first[name]), self._shingled(second[name])) for name in first)
+        return whole if alone >= self.config.min_column else 0.0
+
 
 def _columns(row: Row, config: StepConfig) -> Iterator[tuple[str, str]]:
+    """The columns that hold letters or digits, as they are compared."""
     for name, value in sorted(row.items()):
         if isinstance(value, str | list | dict) and (config.columns is None or name in config.columns):
-            yield name, joined(value)
+            text = plain(joined(value))
+            if text:
+                yield name, text
+
+
+def _apart(first: int, second: int, splits: Sequence[str] | None) -> bool:
+    return splits is not None and splits[first] != splits[second]
 
 
 def split_order(count: int, splits: Sequence[str] | None, priority: Sequence[str]) -> list[int]:
@@ -127,7 +182,7 @@ def split_order(count: int, splits: Sequence[str] | None, priority: Sequence[str
 
 
 def band_hashes(shingles: Iterator[set[str]], count: int, config: NearStep) -> NDArray[np.uint64]:
-    """The band hashes of MinHash signatures: (count, bands). Rows without shingles, and only they, have zeros."""
+    """The band hashes of MinHash signatures: (count, bands). Rows without shingles have zeros."""
     minhash = optional_module("rensa", "rensa", "near_duplicates").RMinHash
     out = np.zeros((count, config.bands), dtype=np.uint64)
     size = config.bands * config.rows_per_band
@@ -138,6 +193,7 @@ def band_hashes(shingles: Iterator[set[str]], count: int, config: NearStep) -> N
         folded = np.zeros(bands.shape[:2], dtype=np.uint64)
         for row in range(config.rows_per_band):  # FNV-1a, a 32-bit hash at a time
             folded = (folded ^ bands[:, :, row]) * np.uint64(0x100000001B3) + np.uint64(0x9E3779B97F4A7C15)
+        folded[[number for number, tokens in enumerate(batch) if not tokens]] = 0
         out[start : start + len(batch)] = folded
     return out
 
@@ -155,6 +211,7 @@ def candidate_pairs(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     pairs: list[NDArray[np.int64]] = [np.empty((0, 2), dtype=np.int64)]
     for band in hashes.T:
         order = np.argsort(band, kind="stable")
+        order = order[np.searchsorted(band[order], 1) :]  # zeros: rows without text
         starts = np.flatnonzero(np.r_[True, np.diff(band[order]) != 0])
         ends = np.r_[starts[1:], len(order)]
         found: list[tuple[int, int]] = []

@@ -23,6 +23,9 @@ class SemanticStep(StepConfig):
     """Drops rows whose meaning another row has, and describes the clusters of those that stay."""
 
     step: Literal["semantic"] = "semantic"
+    model: str | None = Field(
+        default=None, min_length=1, description="In a recipe: folder or Hub id of a sentence-transformers model."
+    )
     threshold: float = Field(
         default=0.95, gt=0, le=1, description="Cosine similarity from which a row goes; 1 = drop none, only cluster."
     )
