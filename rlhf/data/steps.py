@@ -30,13 +30,13 @@ from rlhf.errors import UserError
 TEXT_COLUMNS = ["text", "prompt", "completion", "chosen", "rejected", "responses", "turns"]
 
 # Needs no model and suits every language. Pairs are looked at before duplicates go, which would hide contradictions.
-# A rejected side that repeats itself is a lesson, so `repetition` does not read it.
+# `repetition` reads answers alone, of pairs the chosen one: what people ask is as it is, a bad rejected side a lesson.
 DEFAULT_STEPS = TypeAdapter(list[CleaningStep]).validate_python(
     [
         {"step": "unicode"},
         {"step": "length"},
         {"step": "boilerplate", "columns": ["text"]},
-        {"step": "repetition", "columns": ["text", "prompt", "completion", "chosen"]},
+        {"step": "repetition", "columns": ["text", "completion", "chosen"]},
         {"step": "pii"},
         {"step": "preferences"},
         {"step": "exact_duplicates"},

@@ -9,6 +9,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -115,14 +116,11 @@ def near_reasons(
     texts = _Texts(rows, config)
     hashes = band_hashes((texts.shingles(number) for number in order), len(order), config)
     reasons: Reasons = {}
-    last, last_columns = -1, dict[str, str]()
     for later, earlier in candidate_pairs(hashes).tolist():
         number, other = order[later], order[earlier]
         if number in reasons or other in reasons or (config.across_only and not _apart(number, other, splits)):
             continue
-        if number != last:
-            last, last_columns = number, texts.columns(number)
-        similarity = texts.similarity(last_columns, texts.columns(other))
+        similarity = texts.similarity(number, other)
         if similarity >= config.threshold:
             reasons[number] = ("near_duplicate", f"similarity {similarity:.2f}, {_stays(other, splits)}")
     return reasons, _across(reasons, splits)
@@ -133,14 +131,26 @@ class _Texts:
 
     def __init__(self, rows: Sequence[Row], config: NearStep) -> None:
         self.rows, self.config = rows, config
-
-    def columns(self, number: int) -> dict[str, str]:
-        """The plain texts of a row by column, without the empty ones."""
-        return dict(_columns(self.rows[number], self.config))
+        self._row = lru_cache(maxsize=64)(self._uncached_row)  # candidates come in groups
 
     def shingles(self, number: int) -> set[str]:
         """Of the whole row; none where it has no text."""
-        return self._shingled(" ".join(self.columns(number).values()))
+        return self._row(number)[1]
+
+    def similarity(self, first: int, second: int) -> float:
+        """Of the whole rows; 0 where a column alone is below `min_column`."""
+        (mine, my_shingles), (other, other_shingles) = self._row(first), self._row(second)
+        if mine.keys() != other.keys():
+            return 0.0
+        whole = jaccard(my_shingles, other_shingles)
+        if len(mine) == 1 or whole < self.config.threshold:
+            return whole
+        alone = min(jaccard(self._shingled(mine[name]), self._shingled(other[name])) for name in mine)
+        return whole if alone >= self.config.min_column else 0.0
+
+    def _uncached_row(self, number: int) -> tuple[dict[str, str], set[str]]:
+        texts = dict(_columns(self.rows[number], self.config))
+        return texts, self._shingled(" ".join(texts.values()))
 
     def _shingled(self, text: str) -> set[str]:
         if not text:
@@ -148,16 +158,6 @@ class _Texts:
         chinese = len(_CJK.findall(text)) > len(text) / 2
         size = self.config.shingle_cjk if chinese else self.config.shingle
         return {text[start : start + size] for start in range(max(1, len(text) - size + 1))}
-
-    def similarity(self, first: dict[str, str], second: dict[str, str]) -> float:
-        """Of the whole rows; 0 where a column alone is below `min_column`."""
-        if first.keys() != second.keys():
-            return 0.0
-        whole = jaccard(self._shingled(" ".join(first.values())), self._shingled(" ".join(second.values())))
-        if len(first) == 1 or whole < self.config.threshold:
-            return whole
-        alone = min(jaccard(self._shingled(first[name]), self._shingled(second[name])) for name in first)
-        return whole if alone >= self.config.min_column else 0.0
 
 
 def _columns(row: Row, config: StepConfig) -> Iterator[tuple[str, str]]:

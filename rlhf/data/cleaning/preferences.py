@@ -103,23 +103,28 @@ def flip_scores(pairs: Sequence[tuple[str, ...]], config: PreferenceStep) -> NDA
         (pairs,) in [0, 1]; empty with fewer than 50 pairs or fewer prompts than folds.
     """
     from scipy.sparse import csr_matrix, hstack, vstack
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
 
-    groups = [plain(prompt) for prompt, _, _ in pairs]
-    if len(pairs) < _MIN_PAIRS or len(set(groups)) < config.folds:
+    prompts = [plain(prompt) for prompt, _, _ in pairs]
+    numbers = {prompt: number for number, prompt in enumerate(sorted(set(prompts)))}
+    groups = [numbers[prompt] for prompt in prompts]
+    if len(pairs) < _MIN_PAIRS or len(numbers) < config.folds:
         return np.empty(0)
     chosen, rejected = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
     ascii_share = sum(text.isascii() for text in chosen) / len(chosen)
     kind: dict[str, Any] = {"analyzer": "word"} if ascii_share > 0.5 else {"analyzer": "char"}
     lengths = np.log1p([[len(c)] for c in chosen]) - np.log1p([[len(r)] for r in rejected])
+    words = CountVectorizer(ngram_range=(1, 2), min_df=2, max_features=50_000, **kind)
+    counts = words.fit_transform(chosen + rejected)
     out = np.zeros(len(pairs))
     splitter = GroupKFold(config.folds, shuffle=True, random_state=config.seed)
     for train, held in splitter.split(pairs, groups=groups):
-        words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, max_features=50_000, sublinear_tf=True, **kind)
-        words.fit([text[number] for number in train for text in (chosen, rejected)])
-        features = hstack([words.transform(chosen) - words.transform(rejected), csr_matrix(lengths)]).tocsr()
+        seen = counts[np.r_[train, train + len(pairs)]]
+        known = np.flatnonzero(seen.getnnz(axis=0) >= 2)
+        weights = TfidfTransformer(sublinear_tf=True).fit(seen[:, known]).transform(counts[:, known])
+        features = hstack([weights[: len(pairs)] - weights[len(pairs) :], csr_matrix(lengths)]).tocsr()
         both = vstack([features[train], -features[train]])
         labels = np.r_[np.ones(len(train)), np.zeros(len(train))]
         model = LogisticRegression(C=10.0, fit_intercept=False, max_iter=500).fit(both, labels)
