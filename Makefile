@@ -14,6 +14,7 @@ SET ?=
 FORCE ?=
 DRY_RUN ?=
 LAUNCH ?=
+TOKENIZER ?=
 PYTHON ?= python3
 CONSTRAINTS ?= $(or $(SETUP_CONSTRAINTS),constraints.txt)
 DEFAULT_EXTRAS := tiny,dev,data
@@ -60,7 +61,7 @@ pretrain: $(STAMP) ## make the base model, where the recipe asks for it
 	@$(call STAGE,pretrain)
 
 data: $(STAMP) ## clean one data recipe (RECIPE=hh_rlhf or a path) into ARTIFACTS/data/NAME, with manifest, card and bad rows
-	@$(PY) -m pipelines.data --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(FORCE),--force)
+	@$(PY) -m pipelines.data --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(FORCE),--force) $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
 sft: $(STAMP) ## supervised fine-tuning (pretrain first, where the recipe asks for it)
 	@$(call UNFORCED,pretrain)
