@@ -146,6 +146,7 @@ def draw(manifest: dict[str, Any], sizes: Sizes, path: Path) -> None:
     right.set_xscale("log", base=2)
     right.set_xlabel("words per row")
     right.set_ylabel("share of the split")
-    right.legend(fontsize=8)
+    if right.get_legend_handles_labels()[0]:
+        right.legend(fontsize=8)
     with mpl.rc_context({"svg.hashsalt": "card", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})

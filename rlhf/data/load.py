@@ -17,7 +17,6 @@ from rlhf.data.pipeline import Counts, Row, detected, named, native_rows, option
 from rlhf.data.prepare import ROWS, prepare
 from rlhf.data.quarantine import Quarantine
 from rlhf.data.recipe import DataRecipe, load_data_recipe
-from rlhf.data.steps import steps_for
 from rlhf.errors import UserError
 from rlhf.yamlio import nearest
 
@@ -56,8 +55,8 @@ def load_rows(
     """
     where = f"data recipe {recipe.name!r}, split {split!r}"
     if not recipe.mixture and split not in recipe.split.names:
-        known = ", ".join(recipe.split.names)
-        raise UserError(f"{where}: no such split{nearest(split, recipe.split.names)}; the recipe has {known}")
+        names = ", ".join(recipe.split.names)
+        raise UserError(f"{where}: no such split{nearest(split, recipe.split.names)}; the recipe has {names}")
     if kind not in KIND_COLUMNS:
         raise UserError(f"{where}: kind {kind!r} does not exist; known: {', '.join(KIND_COLUMNS)}")
     if limit is not None and limit < 1:
@@ -67,10 +66,10 @@ def load_rows(
         rows = _mixed_rows(recipe, split, kind, seed, root)
         return sorted(rows, key=lambda row: order_key(row, seed))[:limit]
     try:
-        recipe = detected(recipe)
-        check_derivation(FORMATS[named(recipe)].native, kind)
-        with _native(recipe, split, root) as (native, counts):
-            rows = _first_rows(_kind_rows(recipe, native, kind, seed, counts), limit, seed, _direction(recipe))
+        known = detected(recipe)
+        check_derivation(FORMATS[named(known)].native, kind)
+        with _native(recipe, known, split, root) as (native, counts):
+            rows = _first_rows(_kind_rows(known, native, kind, seed, counts), limit, seed, _direction(recipe))
             counts.quarantine.check(recipe.max_bad_rows)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
@@ -81,8 +80,7 @@ def load_rows(
 def prepared(recipe: DataRecipe, root: Path) -> None:
     """Writes the cleaned sets that `load_rows` would write, before several processes ask for them at once."""
     for part in _parts(recipe) if recipe.mixture else [recipe]:
-        part = detected(part)
-        if steps_for(part):
+        if part.clean:
             prepare(part, root / DATA / part.name, workers=_cores())
 
 
@@ -91,12 +89,17 @@ def _cores() -> int:
 
 
 @contextmanager
-def _native(recipe: DataRecipe, split: str, root: Path | None) -> Iterator[tuple[Iterator[Row], Counts]]:
-    """Native rows of a split: straight from the source, or where there are cleaning steps, from the set they wrote."""
+def _native(
+    recipe: DataRecipe, known: DataRecipe, split: str, root: Path | None
+) -> Iterator[tuple[Iterator[Row], Counts]]:
+    """Native rows of a split: straight from the source, or where there are cleaning steps, from the set they wrote.
+
+    `known` is the recipe with its format; the set is of the recipe as it was given.
+    """
     with Quarantine() as quarantine:
         counts = Counts(quarantine)
-        if not steps_for(recipe):
-            yield (row for _, row in native_rows(recipe, counts, split)), counts
+        if not recipe.clean:
+            yield (row for _, row in native_rows(known, counts, split)), counts
             return
     with tempfile.TemporaryDirectory() as folder:
         final = (root / DATA if root else Path(folder)) / recipe.name
@@ -125,7 +128,7 @@ def _report(where: str, split: str, kind: str, rows: list[Row], counts: Counts) 
     if not rows:
         raise UserError(
             f"{where}: no {kind} rows left of {counts.in_split[split]} in the split (dropped: {lost}); "
-            "loosen filters and cleaning steps, or enlarge the split"
+            "loosen the filters and cleaning steps, or enlarge the split"
         )
     logger.info(
         "%s: %d %s rows from %d source rows (dropped: %s)", where, len(rows), kind, counts.in_split[split], lost

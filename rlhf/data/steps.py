@@ -118,6 +118,9 @@ def _language_model(step: Any) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"perplexity.model: cannot load {step.model!r} ({reason}); give a model folder") from error
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and step.max_length > positions:
+        raise UserError(f"perplexity.max_length {step.max_length}: {step.model!r} reads {positions} tokens; lower it")
     return {"model": model.to(_device()).eval(), "tokenizer": tokenizer}
 
 

@@ -33,8 +33,8 @@ def rows() -> list[dict[str, Any]]:
 
 def test_every_step_has_a_name_a_scope_and_described_fields() -> None:
     assert list(SCOPE) == [
-        *("unicode", "length", "repetition", "boilerplate", "language", "sensitive", "pii", "exact_duplicates"),
-        *("near_duplicates", "contamination", "preferences", "semantic", "perplexity"),
+        *("unicode", "length", "repetition", "boilerplate", "language", "sensitive", "pii", "safety"),
+        *("exact_duplicates", "near_duplicates", "contamination", "preferences", "semantic", "perplexity"),
     ]
     assert [name for name, scope in SCOPE.items() if scope == "set"] == [
         *("exact_duplicates", "near_duplicates", "preferences", "semantic", "perplexity")

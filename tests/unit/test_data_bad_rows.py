@@ -24,7 +24,7 @@ def lines(*extra, newline=b"\n"):
 
 def recipe_for(path, **fields):
     base = {"name": "bad", "source": {"files": str(path)}, "format": "prompt_completion"}
-    base |= {"split": {"fractions": {"train": 1.0}}, "max_bad_rows": 1.0}
+    base |= {"split": {"fractions": {"train": 1.0}}, "max_bad_rows": 1.0, "clean": []}
     return validate(DataRecipe, base | fields, "bad.yaml")
 
 

@@ -16,7 +16,7 @@ from rlhf.errors import UserError
 from rlhf.yamlio import validate
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = {"split": {"fractions": {"train": 1.0}}}
+ALL = {"split": {"fractions": {"train": 1.0}}, "clean": []}
 
 
 def recipe_of(path, rows, **fields):
@@ -164,12 +164,14 @@ def test_variables_in_paths(tmp_path, monkeypatch):
 def test_prepare_writes_rows_counts_and_bad_rows(tmp_path):
     recipe = recipe_of(tmp_path / "x.jsonl", [{"text": "abc"}, {"text": ""}, {"text": {}}], max_bad_rows=0.5)
     manifest = prepare(recipe, tmp_path / "out" / "mine")
-    assert manifest["steps"] == {"read": 3, "bad": 1, "selected": 3, "in a split": 3, "kept": 1}
+    assert manifest["steps"] == {"read": 3, "bad": 1, "selected": 3, "in a split": 3, "converted": 1, "kept": 1}
     assert manifest["dropped"] == {"empty text": 1}
-    assert (tmp_path / "out" / "mine" / "train.jsonl").read_text("utf-8") == '{"text": "abc"}\n'
+    assert (tmp_path / "out" / "mine" / "rows" / "train.jsonl").read_text("utf-8") == '{"text": "abc"}\n'
     record = json.loads((tmp_path / "out" / "mine" / "quarantine.jsonl").read_text("utf-8"))
     assert record["where"] == "row 3"
-    assert "| from 0 | 1 |" in (tmp_path / "out" / "mine" / "README.md").read_text("utf-8")
+    card = (tmp_path / "out" / "mine" / "README.md").read_text("utf-8")
+    assert "| bad | 1 |" in card
+    assert "| train | 1 | characters | 3 | 3.0 |" in card
     before = (tmp_path / "out" / "mine" / "manifest.json").stat().st_mtime_ns
     prepare(recipe, tmp_path / "out" / "mine")
     assert (tmp_path / "out" / "mine" / "manifest.json").stat().st_mtime_ns == before
@@ -227,6 +229,6 @@ SHARED = {
 @pytest.mark.parametrize("name", SHARED)
 def test_local_sets_load_as_they_are(name):
     kind, expected = SHARED[name]
-    recipe = load_data_recipe(name)
+    recipe = load_data_recipe(name).model_copy(update={"clean": []})
     count = sum(len(load_rows(recipe, split, kind)) for split in recipe.split.names)
     assert count == expected if expected else count > 4000

@@ -84,6 +84,8 @@ def load_classifier(path: str, max_length: int = 512, batch_size: int = 32, devi
         raise UserError(f"safety.model: cannot load {path!r} ({reason}); give a model folder") from error
     model = model.to(device).eval()
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    tokenizer.padding_side = "right"  # an encoder reads its first token
+    max_length = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
     size = batch_size if tokenizer.pad_token is not None else 1
     multi = model.config.problem_type == "multi_label_classification" or len(names) == 1
 
