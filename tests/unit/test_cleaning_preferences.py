@@ -49,7 +49,7 @@ def test_empty_identical_and_contradicting_pairs_go() -> None:
         *((3, "empty_side"), (4, "empty_side"), (5, "identical_sides")),
     ]
     assert result.index == [6]
-    assert result.report["flips"] == {"accuracy": None, "trusted": False, "suspected": []}
+    assert result.report["flips"] == {"scored": 0, "accuracy": None, "trusted": False, "suspected": []}
 
 
 def test_conversations_are_read_by_their_contents() -> None:
@@ -66,6 +66,14 @@ def test_planted_flips_are_suspected_and_almost_nothing_else(chinese: bool) -> N
     assert len(suspected & set(range(50))) / 50 >= 0.75  # the flips themselves teach the scorer doubt
     assert len(suspected & set(range(50))) / len(suspected) >= 0.98
     assert report["accuracy"] == pytest.approx(550 / 600, abs=0.04)
+
+
+def test_no_more_than_max_scored_pairs_are_scored() -> None:
+    rows = flipped_pairs(600, 50)
+    report = run_step(PreferenceStep(max_scored=300), rows).report
+    assert report["flips"]["scored"] == 300 < report["length"]["pairs"]
+    assert report["flips"]["suspected"]
+    assert run_step(PreferenceStep(max_scored=300), rows).report == report
 
 
 def test_suspected_flips_are_dropped_or_swapped_on_demand() -> None:

@@ -332,7 +332,7 @@ def test_a_local_classifier_drops_what_it_finds_unsafe(tmp_path: Path) -> None:
     (found,) = json.loads((tmp_path / "data" / "mine" / "manifest.json").read_text("utf-8"))["cleaning"]
     assert found["dropped"] == {"unsafe": 40 - cut}
     assert found["report"]["texts"] == 40
-    wrong = recipe_of(tmp_path, rows, clean=[step | {"labels": ["unsafe"]}])
+    wrong = recipe_of(tmp_path, rows, clean=[step | {"labels": ["unsafe"]}], split={"by": "row"})
     with pytest.raises(UserError, match="the classifier has no label 'unsafe'; it has fine, toxic, violent"):
         load_rows(wrong, "train", "text")
 

@@ -1,5 +1,6 @@
 """Hygiene of preference pairs: what cannot teach, what contradicts itself, and what is probably labelled wrongly."""
 
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -27,7 +28,12 @@ class PreferenceStep(StepConfig):
     min_accuracy: float = Field(
         default=0.65, ge=0.5, le=1, description="Held-out accuracy below which the scorer accuses nobody."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the folds.")
+    max_scored: int = Field(
+        default=20_000,
+        ge=1,
+        description="Pairs that the scorer looks at, drawn by the seed; it holds them all in memory.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the folds, and of what is scored.")
 
 
 def preference_step(rows: Sequence[Row], config: PreferenceStep) -> StepResult:
@@ -47,18 +53,26 @@ def preference_step(rows: Sequence[Row], config: PreferenceStep) -> StepResult:
     pairs = [tuple(joined(row[column]) for column in ("prompt", "chosen", "rejected")) for row in rows]
     reasons = _useless(pairs)
     left = [number for number in range(len(rows)) if number not in reasons]
-    probability = flip_scores([pairs[number] for number in left], config)
+    scored = left
+    if len(left) > config.max_scored:
+        scored = sorted(random.Random(config.seed).sample(left, config.max_scored))
+    probability = flip_scores([pairs[number] for number in scored], config)
     accuracy = float(np.mean(probability > 0.5)) if len(probability) else None
     trusted = accuracy is not None and accuracy >= config.min_accuracy
     suspects = {
         number: float(p)
-        for number, p in zip(left, probability, strict=len(probability) > 0)
+        for number, p in zip(scored, probability, strict=len(probability) > 0)
         if trusted and p < config.flip_probability
     }
     if config.flips == "drop":
         reasons |= {number: ("suspected_flip", f"probability of its label {p:.3f}") for number, p in suspects.items()}
     report: dict[str, Any] = {
-        "flips": {"accuracy": accuracy, "trusted": trusted, "suspected": sorted(suspects)},
+        "flips": {
+            "scored": len(probability),
+            "accuracy": accuracy,
+            "trusted": trusted,
+            "suspected": sorted(suspects),
+        },
         "length": length_bias([pairs[number][1:] for number in left]),
     }
     result = split_result(rows, reasons, report)
