@@ -14,6 +14,7 @@ from rlhf.data.cleaning.duplicates import plain
 from rlhf.errors import UserError
 
 _MIN_PAIRS = 50  # fewer teach the scorer nothing
+_SCORED_CHARS = 2000  # of each side; bounds the scorer's memory
 
 
 class PreferenceStep(StepConfig):
@@ -29,7 +30,7 @@ class PreferenceStep(StepConfig):
         default=0.65, ge=0.5, le=1, description="Held-out accuracy below which the scorer accuses nobody."
     )
     max_scored: int = Field(
-        default=20_000,
+        default=10_000,
         ge=1,
         description="Pairs that the scorer looks at, drawn by the seed; it holds them all in memory.",
     )
@@ -126,10 +127,11 @@ def flip_scores(pairs: Sequence[tuple[str, ...]], config: PreferenceStep) -> NDA
     groups = [numbers[prompt] for prompt in prompts]
     if len(pairs) < _MIN_PAIRS or len(numbers) < config.folds:
         return np.empty(0)
-    chosen, rejected = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
+    chosen, rejected = [pair[1][:_SCORED_CHARS] for pair in pairs], [pair[2][:_SCORED_CHARS] for pair in pairs]
+    sizes = np.array([[len(pair[1]), len(pair[2])] for pair in pairs])
     ascii_share = sum(text.isascii() for text in chosen) / len(chosen)
     kind: dict[str, Any] = {"analyzer": "word"} if ascii_share > 0.5 else {"analyzer": "char"}
-    lengths = np.log1p([[len(c)] for c in chosen]) - np.log1p([[len(r)] for r in rejected])
+    lengths = np.log1p(sizes[:, :1]) - np.log1p(sizes[:, 1:])
     words = CountVectorizer(ngram_range=(1, 2), min_df=2, max_features=50_000, **kind)
     counts = words.fit_transform(chosen + rejected)
     out = np.zeros(len(pairs))
