@@ -149,4 +149,4 @@ def draw(manifest: dict[str, Any], sizes: Sizes, path: Path) -> None:
     if right.get_legend_handles_labels()[0]:
         right.legend(fontsize=8)
     with mpl.rc_context({"svg.hashsalt": "card", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None, "Creator": None})

@@ -12,7 +12,6 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from rlhf.artifacts import Artifact
 from rlhf.data import DataRecipe, cleaner, data_fingerprint, lineage, load_data_recipe, load_rows
-from rlhf.data.fingerprint import lineage as lineage_of
 from rlhf.data.prepare import prepare
 from rlhf.data.steps import DEFAULT_STEPS, steps_for
 from rlhf.errors import UserError
@@ -352,9 +351,41 @@ def test_the_share_of_synthetic_rows_is_said_and_bounded(tmp_path: Path, caplog:
     with caplog.at_level(logging.INFO, logger="rlhf"):
         assert len(load_rows(fine, "train", "sft")) == 133
     assert "25 % of the rows synthetic, 0 % not known" in caplog.text
-    assert set(lineage_of(fine)["parts"]) == {str(tmp_path / "people.yaml"), str(tmp_path / "model.yaml")}
+    assert set(lineage(fine)["parts"]) == {str(tmp_path / "people.yaml"), str(tmp_path / "model.yaml")}
     strict = validate(DataRecipe, {"name": "mix", "mixture": parts, "max_synthetic": 0.2}, "mix.yaml")
     with pytest.raises(UserError, match=r"0.248 of the rows are synthetic, more than max_synthetic 0.2"):
         load_rows(strict, "train", "sft")
     with pytest.raises(UserError, match="max_synthetic has a meaning for a mixture alone"):
         recipe_of(tmp_path, [], max_synthetic=0.5)
+
+
+# --- the local sets ---------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+LOCAL = {
+    path.stem: load_data_recipe(path.stem)
+    for path in sorted((ROOT / "data_recipes").glob("*.yaml"))
+    if "${RLHF_DATA}" in path.read_text("utf-8")
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_local_set_has_a_card_without_any_of_its_text(name: str) -> None:
+    card = (ROOT / "docs" / "data_cards" / f"{name}.md").read_text("utf-8")
+    assert f"# {name}\n" in card
+    assert f"({name}.svg)" in card
+    assert "<svg" in (ROOT / "docs" / "data_cards" / f"{name}.svg").read_text("utf-8")
+    counted = {line.split(" | ")[0].strip("| `") for line in card.split("\n") if line.startswith("| ")}
+    wanted = {step.model_dump()["step"] for step in steps_for(LOCAL[name])}
+    assert counted >= wanted | set(LOCAL[name].split.names) | {"read", "kept"}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside this checkout")
+def test_cards_are_of_these_bytes_and_every_file_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_DATA", str(SHARED))
+    files = {str(path.relative_to(SHARED)) for path in SHARED.glob("*/*") if path.is_file()}
+    assert files == {recipe.source.files.removeprefix("${RLHF_DATA}/") for recipe in LOCAL.values()}
+    for name, recipe in LOCAL.items():
+        digest = lineage(recipe)["source_sha256"][:16]
+        assert f"`{digest}`" in (ROOT / "docs" / "data_cards" / f"{name}.md").read_text("utf-8"), name
