@@ -36,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as error:
+        where = error.filename or args.artifacts
+        print(f"error: data: cannot read or write {where} ({error.strerror}): check path and space", file=sys.stderr)
+        return BAD_INPUT
     return 0
 
 

