@@ -29,11 +29,12 @@ from rlhf.errors import UserError
 # What of a native row is text to train on; other columns reach reward functions as they are.
 TEXT_COLUMNS = ["text", "prompt", "completion", "chosen", "rejected", "responses", "turns"]
 
-# Needs no model and suits every language. Pairs are looked at before duplicates go, which would hide contradictions.
-# `repetition` reads answers alone, of pairs the chosen one: what people ask is as it is, a bad rejected side a lesson.
+# Needs no model and suits every language. Not trimmed: the completion of a plain prompt begins with its space. Pairs are
+# looked at before duplicates go, which would hide contradictions. `repetition` reads answers alone, of pairs the chosen
+# one: what people ask is as it is, a bad rejected side a lesson.
 DEFAULT_STEPS = TypeAdapter(list[CleaningStep]).validate_python(
     [
-        {"step": "unicode"},
+        {"step": "unicode", "trim": False},
         {"step": "length"},
         {"step": "boilerplate", "columns": ["text"]},
         {"step": "repetition", "columns": ["text", "completion", "chosen"]},

@@ -47,7 +47,7 @@ def test_sft_trains_on_the_cleaned_set_and_names_the_bytes(tmp_path: Path) -> No
         for line in (cleaned.path / "rows" / f"{split}.jsonl").read_text("utf-8").splitlines()
     ]
     assert len(texts) == len(set(texts))  # the copy is gone
-    assert "to <EMAIL_1>" in texts
+    assert " to <EMAIL_1>" in texts
     assert not any("so so" in text for text in texts)
 
     write_rows(source, rows[:-1])

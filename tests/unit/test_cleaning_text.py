@@ -52,12 +52,18 @@ def test_width_and_form_can_be_chosen(config: UnicodeStep, clean: str) -> None:
 def test_repair_and_whitespace_can_be_switched_off() -> None:
     assert clean_text("caf\u00c3\u00a9", UnicodeStep(repair=False)) == "caf\u00c3\u00a9"
     assert clean_text(" a \n\n\n\nb ", UnicodeStep(whitespace=False)) == " a \n\n\n\nb "
+    assert clean_text(" a \n\n\n\u00a0b \n", UnicodeStep(trim=False)) == " a\n\n b \n"
+    assert clean_text(" \n", UnicodeStep(trim=False)) == " \n"
 
 
 @given(st.text(st.characters(codec=None, exclude_categories=[]), max_size=60))
 def test_cleaning_twice_is_cleaning_once(text: str) -> None:
     once = clean_text(text, UnicodeStep())
     assert clean_text(once, UnicodeStep()) == once
+    untrimmed = clean_text(text, UnicodeStep(trim=False))
+    assert clean_text(untrimmed, UnicodeStep(trim=False)) == untrimmed
+    if text.strip() and not text[0].isspace() and not text[-1].isspace():
+        assert untrimmed == once
     once.encode("utf-8")  # no lone surrogate is left
 
 

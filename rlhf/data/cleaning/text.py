@@ -41,7 +41,11 @@ class UnicodeStep(StepConfig):
         description="Full-width forms made half-width: letters and digits, or punctuation (，！？：) too.",
     )
     whitespace: bool = Field(
-        default=True, description="Odd spaces to spaces, no trailing ones, at most one blank line, ends trimmed."
+        default=True, description="Odd spaces to spaces, none at the end of a line, at most one blank line."
+    )
+    trim: bool = Field(
+        default=True,
+        description="With `whitespace`: ends trimmed. A completion of a plain prompt may begin with a space.",
     )
 
 
@@ -54,6 +58,9 @@ def clean_text(text: str, config: UnicodeStep) -> str:
     Raises:
         UserError: `repair` without ftfy.
     """
+    if config.whitespace and not config.trim and (body := text.strip()) != text:
+        start = text.index(body) if body else len(text)
+        return text[:start] + clean_text(body, config) + text[start + len(body) :]
     if text.isascii() and ((text.isprintable() and text == text.strip()) or not _DIRTY_ASCII.search(text)):
         return text
     for _ in range(_MAX_ROUNDS):
