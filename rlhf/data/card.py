@@ -19,7 +19,7 @@ class Sizes:
     """Characters, words and, with a tokenizer, tokens of each row; 8 bytes a row and unit."""
 
     def __init__(self, splits: list[str], tokens: TokenCount | None = None) -> None:
-        self._count: dict[str, Callable[[str], int]] = {"characters": len, "words": lambda text: len(units(text))}
+        self._count: dict[str, Callable[[str], int]] = {"characters": len, "words": count_words}
         if tokens:
             self._count["tokens"] = tokens
         self.values = {split: {unit: array("Q") for unit in self._count} for split in splits}
@@ -40,6 +40,11 @@ class Sizes:
             split: {unit: _summary(np.array(values)) for unit, values in units.items()}
             for split, units in self.values.items()
         }
+
+
+def count_words(text: str) -> int:
+    """Words between spaces; in text that is not ASCII each Chinese character or kana is a word."""
+    return len(text.split() if text.isascii() else units(text))
 
 
 def _summary(values: Any) -> dict[str, float]:

@@ -1,9 +1,12 @@
 """Duplicates and contamination: benchmarks of planted copies and leaks, priorities, bounds."""
 
 import random
+import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf.data.cleaning import ContaminationStep, ExactStep, NearStep, run_step
 from rlhf.data.cleaning.contamination import eval_index
@@ -153,3 +156,8 @@ def test_contamination_of_short_texts_templates_and_columns() -> None:
 def test_evaluation_texts_that_are_too_short_are_an_error() -> None:
     with pytest.raises(UserError, match="no evaluation text of quiz has 8 words"):
         eval_index({"quiz": ["Why?"]}, ContaminationStep())
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_the_fast_way_for_ascii_gives_what_the_regular_expression_gives(text: str) -> None:
+    assert plain(text) == re.sub(r"[\W_]+", " ", text.lower()).strip()

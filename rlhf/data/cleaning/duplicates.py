@@ -20,6 +20,7 @@ from pydantic import Field
 from rlhf.data.cleaning.base import Row, StepConfig, StepResult, joined, optional_module, split_result
 
 _NOT_WORD = re.compile(r"[\W_]+")
+_ASCII_NOT_WORD = {code: " " for code in range(128) if _NOT_WORD.match(chr(code))}  # ten times as fast
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _BATCH = 2000  # rows whose shingles are in memory at once
 _FULL_GROUP = 16  # rows in one bucket that are all compared with each other; of more, each with the first ones
@@ -65,8 +66,9 @@ class NearStep(_Duplicates):
 
 def plain(text: str) -> str:
     """A text as duplicates are compared: NFKC, lower case, only letters and digits, one space between words."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
+    if text.isascii():
+        return " ".join(text.lower().translate(_ASCII_NOT_WORD).split())
+    text = unicodedata.normalize("NFKC", text)
     return _NOT_WORD.sub(" ", text.lower()).strip()
 
 
