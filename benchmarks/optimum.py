@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.ppo import stage as ppo_stage
 from rlhf.ppo.advantages import kl_penalty
-from rlhf.ppo.rollout import Batch
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.stage import StageContext, load_inputs
 from tests.builders import EOS, PAD, build_model, build_recipe, build_sft_artifact, write_data_recipe, write_rows
@@ -131,9 +131,9 @@ def enumerate_exactly(trainer: PPOTrainer) -> Exact:
     parts = []
     for prompt, text in zip(trainer.prompts.ids, trainer.prompts.texts, strict=True):
         ids = torch.cat([torch.tensor(prompt).expand(len(responses), -1), responses], dim=1)
-        batch = Batch(torch.arange(len(ids)), ids, torch.ones_like(ids), LENGTH)
-        policy = trainer.model(batch.input_ids, batch.attention_mask, LENGTH, trainer.config.temperature).logprobs
-        both = torch.stack([policy, trainer.reference(batch)]).double()
+        mask = torch.ones_like(ids)
+        policy = trainer.model(ids, mask, LENGTH, trainer.config.temperature).logprobs
+        both = torch.stack([policy, trainer.reference(ids, mask, LENGTH)]).double()
         scores = torch.tensor(trainer.rewards[0].function([text] * len(texts), texts), dtype=torch.float64)
         parts.append((*torch.where(counts, both, -torch.tensor(size).log()), scores))
     exact = Exact(*(torch.stack(part) for part in zip(*parts, strict=True)))
@@ -251,17 +251,22 @@ def line(cells: Sequence[str]) -> str:
 def main() -> None:
     """Print the table as Markdown, row by row."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("overrides", nargs="*", help="of the ppo section, such as critic_warmup_steps=10")
+    parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.5, 0.3])
+    parser.add_argument("--estimators", nargs="+", default=["k1", "k2", "k3"], choices=["k1", "k2", "k3"])
     parser.add_argument("--seeds", type=int, default=1, help="runs per row")
     parser.add_argument("--steps", type=int, default=160, help="ppo_steps of 512 episodes")
     parser.add_argument("--quick", action="store_true", help="the first row only")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    rows = [(shape, kl_coef, "k1") for kl_coef in (0.5, 0.3) for shape in SHAPES]
-    rows += [("full-shared", kl_coef, estimator) for estimator in ("k2", "k3") for kl_coef in (0.5, 0.3)]
+    changes = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in arguments.overrides)}
+    shapes = {"k1": SHAPES, "k2": ("full-shared",), "k3": ("full-shared",)}
+    kinds = itertools.product(arguments.estimators, arguments.kl_coefs)
+    rows = [(shape, kl_coef, estimator) for estimator, kl_coef in kinds for shape in shapes[estimator]]
     print(line(COLUMNS), line(["---"] * len(COLUMNS)), sep="\n", flush=True)
     for setting in rows[:1] if arguments.quick else rows:
         shape, kl_coef, estimator = setting
-        ppo = {"kl_coef": kl_coef, "kl_estimator": estimator, "total_episodes": arguments.steps * 512}
+        ppo = {"kl_coef": kl_coef, "kl_estimator": estimator, "total_episodes": arguments.steps * 512} | changes
         found = [run(shape, ppo | {"seed": seed}) for seed in range(arguments.seeds)]
         print(row(*setting, found), flush=True)
     print(f"\n{time.process_time() / 60:.1f} minutes of CPU time")

@@ -7,9 +7,10 @@ Every seed of every side is a process; what is finished is not run again. Polici
 evaluated by rlhf.evaluation on the same held-out prompts with the same random numbers: scores are compared at equal KL.
 
 Matched: prompts, episodes, mini-batches, epochs, learning rate and its decay, Adam's epsilon, KL coefficient, GAE,
-clips, temperature, lengths, scale of scores (TRL's reward model applies mean and std itself), start of the critic,
+clips, temperature, lengths, scale of scores (TRL's reward model applies mean and std itself), weights of the critic,
 missing-EOS rule ("subtract", the one that TRL has). Ours publishes its last step here, as TRL does. Not matched: our
-gradient clipping, which TRL accepts as a setting and never applies; random numbers; the conventions in docs/ppo.md.
+gradient clipping, which TRL accepts as a setting and never applies; our calibration of the critic on the first rollout
+(`ppo.calibrate_critic`); random numbers; the conventions in docs/ppo.md.
 """
 
 from __future__ import annotations

@@ -116,6 +116,9 @@ class RewardSection(Section):
     max_length: int = Field(1024, ge=2, description="Longest prompt + response in tokens; longer pairs are dropped.")
     normalize_samples: int = Field(256, ge=2, description="SFT samples whose score mean and std go into the manifest.")
     limit: int | None = Field(None, ge=1, description="Use at most this many training pairs.")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of the transformer blocks. auto: on a GPU, from 1000 optimizer steps on."
+    )
     baselines: bool = Field(True, description="Report length-only and TF-IDF baselines beside the accuracy.")
     trainer: dict[str, Any] = Field({}, description="Passed to TRL's RewardConfig, checked before anything loads.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
@@ -195,6 +198,12 @@ class PPOSection(Section):
         "auto", description="torch.compile of the transformer blocks. auto: on a GPU, from 200 ppo_steps on."
     )
 
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Micro-batches as CUDA graphs: a small model's kernels run faster than a host launches them. "
+        "auto: with one GPU, up to 500 million parameters.",
+    )
+
     learning_rate: float = Field(3e-6, gt=0, description="AdamW peak, linear to 0. N+.")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of optimizer steps with rising learning rate.")
     adam_eps: float = Field(1e-5, gt=0, description="N+: 1e-5, not PyTorch's 1e-8.")
@@ -232,6 +241,11 @@ class PPOSection(Section):
 
     critic: Literal["separate", "shared"] = Field("separate", description="Own trunk, or a value head on the policy's.")
     critic_init: Literal["reward", "sft"] = Field("reward", description="N+: reward model.")
+    calibrate_critic: bool = Field(
+        True,
+        description="Fit scale and offset of a critic from the reward model to the first rollout's returns. Needs "
+        "critic: separate and critic_init: reward.",
+    )
     critic_warmup_steps: int = Field(0, ge=0, description="First ppo_steps that train the critic alone.")
 
     eval_every: int | None = Field(None, ge=1, description="ppo_steps between held-out evaluations; null = never.")
@@ -284,6 +298,11 @@ class PPOSection(Section):
         if self.critic_init == "reward" and not any(s.artifact for s in self.rewards):
             raise ValueError("critic_init 'reward' needs a reward artifact in `rewards`; set critic_init: sft")
         return self
+
+    @property
+    def calibrates_critic(self) -> bool:
+        """Whether there is a head to calibrate: one that was trained as a reward model's."""
+        return self.calibrate_critic and self.critic == "separate" and self.critic_init == "reward"
 
     @property
     def total_steps(self) -> int:

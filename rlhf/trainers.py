@@ -56,7 +56,7 @@ DEFAULTS: dict[str, Any] = {
     "save_steps": 500,
     "save_total_limit": 2,
     "max_grad_norm": 1.0,
-    "dataloader_pin_memory": False,
+    "logging_nan_inf_filter": False,  # it waits for the device at every step
     "ddp_find_unused_parameters": False,  # every trained weight takes part in every forward
 }
 
@@ -98,13 +98,15 @@ def trainer_args(config_cls: type, values: dict[str, Any], ctx: StageContext, **
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(ctx.dir / "tensorboard")  # transformers 5 takes it from here alone
     os.environ.setdefault("WANDB_PROJECT", recipe.logging.project)
     bf16 = compute_dtype(recipe) == torch.bfloat16
-    merged = DEFAULTS | {"warmup_steps": 0} | values | fixed
+    on_gpu = recipe.hardware.device != "cpu" and torch.cuda.is_available()
+    copies = {"dataloader_pin_memory": on_gpu, "accelerator_config": {"non_blocking": on_gpu}}
+    merged = DEFAULTS | copies | {"warmup_steps": 0} | values | fixed
     try:
         return config_cls(
             output_dir=str(ctx.checkpoints),
             seed=ctx.seed,
             data_seed=ctx.seed,
-            use_cpu=recipe.hardware.device == "cpu" or not torch.cuda.is_available(),
+            use_cpu=not on_gpu,
             bf16=bf16,
             report_to=list(recipe.logging.report_to),
             project=recipe.logging.project,
@@ -229,7 +231,7 @@ class ExactResume(Trainer):
             "total_loss": float(self._total_loss_scalar),
             "last_logged": self._globalstep_last_logged,
             "metrics": {k: [float(x) for x in values] for k, values in self._trl_metrics().items()},
-            "tokens": getattr(self, "_total_train_tokens", 0),
+            "tokens": int(getattr(self, "_total_train_tokens", 0)),
             "training": self.model.training,  # TRL names what it logs by it
             "log_bytes": log.stat().st_size if log.is_file() else 0,
             "seconds": self.earlier.get("seconds", 0.0) + time.time() - self.began,

@@ -136,14 +136,7 @@ def first_rollout(trainer: PPOTrainer) -> Rollout:
     config = trainer.config
     rollout = trainer.rollout(trainer.prompts.take(trainer.stream.indices(0)), TRAIN, 0)
     trainer.score(rollout, update=False)
-    add_logprobs_and_values(
-        rollout,
-        trainer.model,
-        trainer.reference,
-        config.temperature,
-        config.max_tokens_per_micro_batch,
-        trainer.accelerator,
-    )
+    add_logprobs_and_values(rollout, trainer.read, config.max_tokens_per_micro_batch, trainer.accelerator)
     return rollout
 
 

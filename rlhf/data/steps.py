@@ -30,8 +30,8 @@ from rlhf.errors import UserError
 TEXT_COLUMNS = ["text", "prompt", "completion", "chosen", "rejected", "responses", "turns"]
 
 # Needs no model and suits every language. Not trimmed: the completion of a plain prompt begins with its space. Pairs
-# are looked at before duplicates go, which would hide contradictions. `repetition` reads answers alone, of pairs the chosen
-# one: what people ask is as it is, a bad rejected side a lesson.
+# are looked at before duplicates go, which would hide contradictions. `repetition` reads answers alone, of pairs the
+# chosen one: what people ask is as it is, a bad rejected side a lesson.
 DEFAULT_STEPS = TypeAdapter(list[CleaningStep]).validate_python(
     [
         {"step": "unicode", "trim": False},

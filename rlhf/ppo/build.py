@@ -32,11 +32,12 @@ from rlhf.models import (
 )
 from rlhf.ppo.generation import CompiledGenerator, Generator, PlainGenerator
 from rlhf.ppo.generation.compiled import unsupported
+from rlhf.ppo.graphs import Graphed
 from rlhf.ppo.rewards import FunctionScore, ModelScore, ScoreSource
-from rlhf.ppo.rollout import Batch
 from rlhf.stage import StageContext
 
 COMPILE_FROM_STEPS = 200
+GRAPHS_TO_PARAMETERS = 500_000_000
 
 
 # ------------------------------------------------------------------------------------------------------ what is trained
@@ -50,7 +51,7 @@ def build_actor_critic(ctx: StageContext) -> ActorCritic:
         if config.critic == "shared":
             model = ActorCritic(policy, None, value_head(policy, ctx.seed))
         else:
-            model = ActorCritic(policy, _build_critic(ctx), None)
+            model = ActorCritic(policy, _build_critic(ctx), None, config.calibrates_critic)
     # Sampling is described by the recipe; the base's own top-k or repetition penalty would make another policy.
     model.policy.generation_config = GenerationConfig()
     for part in (model.policy, model.critic):
@@ -120,11 +121,11 @@ def _build_lora(ctx: StageContext) -> ActorCritic:
         heads[name] = nn.Linear(head.in_features, 1, bias=False)
         with torch.no_grad():
             heads[name].weight.copy_(load_reward_adapter(policy, artifact, name))
-    model = ActorCritic(policy, None, head)
+    model = ActorCritic(policy, None, head, config.calibrates_critic)
     model.reward_heads = heads
     for name, parameter in model.named_parameters():
         trained = ".policy." in name or ".critic." in name
-        parameter.requires_grad_(name.startswith("value_head") or (trained and "lora_" in name))
+        parameter.requires_grad_(name.startswith("value_") or (trained and "lora_" in name))
     return model
 
 
@@ -211,6 +212,21 @@ def wants_compile(ctx: StageContext, device: torch.device) -> bool:
     return config.compile == "on"
 
 
+def wants_graphs(ctx: StageContext, model: ActorCritic, accelerator: Accelerator) -> bool:
+    """Whether micro-batches become CUDA graphs: on one GPU, for a model so small that launching takes the time.
+
+    The activations that a graph needs stay allocated; a large model has no use for that.
+    """
+    choice, one = ctx.recipe.ppo.cuda_graphs, accelerator.distributed_type == DistributedType.NO
+    possible = accelerator.device.type == "cuda" and one and not ctx.recipe.ppo.gradient_checkpointing
+    if choice == "on" and not possible:
+        raise UserError(
+            "ppo.cuda_graphs: on needs one process on a GPU and gradient_checkpointing: false; set it to auto or off"
+        )
+    size = sum(parameter.numel() for parameter in model.policy.parameters())
+    return possible and (choice == "on" or (choice == "auto" and size <= GRAPHS_TO_PARAMETERS))
+
+
 # --------------------------------------------------------------------------------------------------- what is only read
 class Reference:
     """Log-probabilities of responses under the SFT model: a frozen copy, or the same model with adapters off."""
@@ -228,17 +244,17 @@ class Reference:
                 compile_blocks(self.frozen)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """[b,R'] in nats."""
         if self.frozen is None:
-            return self.model(batch.input_ids, batch.attention_mask, batch.length, self.temperature, mode="reference")
-        return response_logprobs(
-            self.frozen, batch.input_ids, batch.attention_mask, batch.length, self.temperature, False, self.chunked
-        )[0]
+            return self.model(input_ids, attention_mask, length, self.temperature, mode="reference")
+        return response_logprobs(self.frozen, input_ids, attention_mask, length, self.temperature, False, self.chunked)[
+            0
+        ]
 
 
-def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator) -> list[ScoreSource]:
-    """The recipe's reward sources in order."""
+def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator, graph_pool: Any) -> list[ScoreSource]:
+    """The recipe's reward sources in order. With a `graph_pool` their forwards become CUDA graphs."""
     shared = shared_rewards(ctx)
     sources: list[ScoreSource] = []
     for number, source in enumerate(ctx.recipe.ppo.rewards):
@@ -251,7 +267,7 @@ def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator)
         statistics = artifact.manifest["reward_statistics"]
         forward = _shared_forward(model, f"reward{number}") if f"reward{number}" in shared else None
         if forward is None:
-            forward = _frozen_forward(ctx, artifact, accelerator)
+            forward = _frozen_forward(ctx, artifact, accelerator, graph_pool)
         name = _unique(Path(source.artifact).name, sources)
         sources.append(ModelScore(name, source.weight, forward, statistics["mean"], statistics["std"]))
     return sources
@@ -266,12 +282,13 @@ def _shared_forward(model: nn.Module, name: str) -> Any:
     return lambda batch: model(batch.input_ids, batch.attention_mask, batch.length, 1.0, mode=f"reward:{name}")
 
 
-def _frozen_forward(ctx: StageContext, artifact: Artifact, accelerator: Accelerator) -> Any:
+def _frozen_forward(ctx: StageContext, artifact: Artifact, accelerator: Accelerator, graph_pool: Any) -> Any:
     reward = load_model(artifact.model_dir, "score", dtype=compute_dtype(ctx.recipe))
     scorer = Scorer(reward).to(accelerator.device).eval().requires_grad_(False)
     if wants_compile(ctx, accelerator.device):
         compile_blocks(reward)
-    return lambda batch: scorer(batch.input_ids, batch.attention_mask)
+    graphed = Graphed(scorer, graph_pool)
+    return lambda batch: graphed(batch.input_ids, batch.attention_mask)
 
 
 # -------------------------------------------------------------------------------------------------------------- publish

@@ -143,3 +143,29 @@ def masked_whiten(
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, 0)
+
+
+def affine_fit(x: Tensor, y: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Scale and offset that bring `x` closest to `y` (least squares) where it counts, with a scale of at least 0.
+
+    A negative scale would turn `x` upside down for the sake of noise: then `y`'s mean is the best guess, as it is where
+    `x` is constant or nothing counts.
+
+    Args:
+        x, y: any shape.
+        mask: bool, their shape, True = counts.
+
+    Returns:
+        scale, offset: of y ~ scale * x + offset. NaN where a counting entry is not finite.
+
+    Raises:
+        ValueError: the mask is not bool or has another shape.
+    """
+    check_mask(mask, x=x, y=y)
+    x, y = x.double(), y.double()
+    mean_x, variance, _ = masked_moments(x, mask)
+    mean_y = masked_moments(y, mask)[0]
+    covariance = masked_mean((x - mean_x) * (y - mean_y), mask)
+    slope = covariance / variance if variance > 0 else covariance
+    scale = float(slope.clamp(min=0))
+    return scale, float(mean_y) - scale * float(mean_x)

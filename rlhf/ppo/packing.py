@@ -1,28 +1,30 @@
-"""Cut a mini-batch into micro-batches that fit a token budget.
+"""Cut a mini-batch into micro-batches that fit a token budget and hold little padding.
 
-Pure Python: lengths in, row indices out. Every rank computes the same plan from the same lengths and takes its own
+Lengths in, row indices out; no torch. Every rank computes the same plan from the same lengths and takes its own
 part, so no plan has to be exchanged. The losses do not depend on it (they divide by the token count of the mini-batch).
 """
 
 from collections.abc import Sequence
 
+import numpy
+
 
 def plan_micro_batches(
-    lengths: Sequence[int], max_tokens: int, num_ranks: int, prompt_lengths: Sequence[int] | None = None
+    lengths: Sequence[int], max_tokens: int, num_ranks: int, overhead: int = 0
 ) -> list[list[list[int]]]:
     """Spread rows over ranks, balanced by tokens, and pack each rank's rows into micro-batches.
 
-    Rows of like length go together, so that padding stays small. Every rank gets the same number of micro-batches,
-    because the collectives of FSDP must match; where a rank has too few rows for that, some of its micro-batches are
-    empty and the caller runs a dummy forward and backward for them. Longest first: a budget that is too large for the
-    device fails at once and not after an hour.
+    Rows of like length go together, and a batch is cut where that saves more padding than a batch costs. Every rank
+    gets the same number of micro-batches, because the collectives of FSDP must match; where a rank has too few rows
+    for that, some of its micro-batches are empty and the caller runs a dummy forward and backward for them. Longest
+    first: a budget that is too large for the device fails at once and not after an hour.
 
     Args:
         lengths: tokens of each row (prompt and response, without padding); >= 1.
-        max_tokens: largest padded area of a micro-batch: its rows times the longest prompt plus the longest response.
-            A row that is longer than that gets a micro-batch of its own.
+        max_tokens: largest padded area of a micro-batch: its rows times the longest of them. A row that is longer
+            than that gets a micro-batch of its own.
         num_ranks: number of processes; >= 1.
-        prompt_lengths: the prompt's part of each row; None = 0.
+        overhead: what a micro-batch costs beside its area (Python, kernel launches), in tokens; >= 0.
 
     Returns:
         plan[rank][micro_batch] = row indices, longest first. Every row appears exactly once. The token sums of any
@@ -40,8 +42,7 @@ def plan_micro_batches(
         if length < 1:
             raise ValueError(f"lengths[{row}] is {length}; a row holds at least one token")
 
-    prompts = [0] * len(lengths) if prompt_lengths is None else [int(length) for length in prompt_lengths]
-    plans = [_pack(rows, lengths, prompts, max_tokens) for rows in _spread(lengths, num_ranks)]
+    plans = [_pack(rows, lengths, max_tokens, overhead) for rows in _spread(lengths, num_ranks)]
     n_micro_batches = max(len(plan) for plan in plans)
     for plan in plans:
         _stretch(plan, lengths, n_micro_batches)
@@ -59,22 +60,22 @@ def _spread(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return ranks
 
 
-def _pack(rows: list[int], lengths: Sequence[int], prompts: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Fill one micro-batch after the other; rows come longest first.
-
-    A batch is as wide as its longest prompt and its longest response, which may be those of two rows.
-    """
-    micro_batches: list[list[int]] = []
-    prompt = response = 0
-    for row in rows:
-        wider = max(prompt, prompts[row]), max(response, lengths[row] - prompts[row])
-        if micro_batches and (len(micro_batches[-1]) + 1) * sum(wider) <= max_tokens:
-            micro_batches[-1].append(row)
-            prompt, response = wider
-        else:
-            micro_batches.append([row])
-            prompt, response = prompts[row], lengths[row] - prompts[row]
-    return micro_batches
+def _pack(rows: list[int], lengths: Sequence[int], max_tokens: int, overhead: int) -> list[list[int]]:
+    """Cut rows, longest first, where padded area and overhead sum to the least (dynamic programming over the cuts)."""
+    widths = numpy.array([lengths[row] for row in rows], dtype=numpy.int64)
+    least = numpy.zeros(len(rows) + 1)  # of the first n rows
+    cuts = [0] * (len(rows) + 1)  # where the last micro-batch of the first n rows begins
+    for end in range(1, len(rows) + 1):
+        area = numpy.arange(end, 0, -1) * widths[:end]  # of the rows from each start on
+        total = numpy.where(area <= max_tokens, least[:end] + area + overhead, numpy.inf)
+        total[-1] = least[end - 1] + widths[end - 1] + overhead  # a row alone is always allowed
+        cuts[end] = int(total.argmin())
+        least[end] = total[cuts[end]]
+    micro_batches, end = [], len(rows)
+    while end:
+        micro_batches.append(rows[cuts[end] : end])
+        end = cuts[end]
+    return micro_batches[::-1]
 
 
 def _stretch(micro_batches: list[list[int]], lengths: Sequence[int], count: int) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from rlhf.models import ActorCritic, trunk_of
-from rlhf.ppo.packing import plan_micro_batches
-from rlhf.ppo.rollout import Rollout
+from rlhf.ppo.rollout import Rollout, plan
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -70,10 +69,6 @@ def _matmul_weights(model: nn.Module) -> int:
 
 def padding_share(rollout: Rollout, max_tokens: int, ranks: int) -> float:
     """Share of a forward over the whole rollout that is spent on padding, in [0,1)."""
-    prompts, responses = rollout.prompt_lengths, rollout.response_lengths
-    lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    area = 0
-    for rank in plan_micro_batches(lengths, max_tokens, ranks, prompts):
-        for rows in filter(None, rank):
-            area += len(rows) * (max(prompts[row] for row in rows) + max(responses[row] for row in rows))
-    return 1 - sum(lengths) / area
+    lengths = [sum(pair) for pair in zip(rollout.prompt_lengths, rollout.response_lengths, strict=True)]
+    batches = [rows for rank in plan(rollout, range(len(lengths)), max_tokens, ranks) for rows in rank if rows]
+    return 1 - sum(lengths) / sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)

@@ -51,7 +51,7 @@ class ModelScore:
         for batch, counts in micro_batches(rollout, range(rows), max_tokens, accelerator):
             scores = last_position(self.forward(batch), batch.attention_mask)
             if counts:
-                result[batch.index] = (scores - self.mean) / self.std
+                result[batch.index[: batch.count]] = (scores[: batch.count] - self.mean) / self.std
         return accelerator.reduce(result, "sum")
 
 

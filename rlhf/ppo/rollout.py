@@ -14,12 +14,14 @@ from functools import cached_property
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf.models import Outputs
 from rlhf.ppo.generation import Generated, Generator
 from rlhf.ppo.generation.plain import left_pad
 from rlhf.ppo.packing import plan_micro_batches
+
+# What a micro-batch costs beside its tokens, in tokens: Python and small kernels; on a GPU launches, while it waits.
+CPU_OVERHEAD, GPU_OVERHEAD = 64, 2048
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Rollout:
         raw_scores: per reward source [B]; scores: [B] what PPO maximises.
         prompts, responses: text, for reward functions and people.
         columns: extra dataset columns, by name.
+        row_multiple, column_multiple: sizes of batches are rounded up to them, so that their shapes come again.
     """
 
     prompt_ids: Tensor
@@ -52,6 +55,8 @@ class Rollout:
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))
     raw_scores: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    row_multiple: int = 1
+    column_multiple: int = 1
 
     @cached_property
     def prompt_lengths(self) -> list[int]:
@@ -64,28 +69,68 @@ class Rollout:
         return self.response_mask.sum(1).tolist()
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """The given rows with padding trimmed to what they need."""
-        index = torch.tensor(rows, device=self.prompt_ids.device)
-        prompt_mask, response_mask = self.prompt_mask[index], self.response_mask[index]
-        width = max(self.prompt_lengths[row] for row in rows)
+        """The given rows, each prompt next to its response, padded on the left to the longest of them.
+
+        Where sizes are rounded up, rows without a token that counts are added at the end.
+        """
+        filled = [*rows, *[rows[0]] * self._more(len(rows), self.row_multiple)]
+        index = torch.tensor(filled, device=self.prompt_ids.device)
         length = max(self.response_lengths[row] for row in rows)
-        ids = [self.prompt_ids[index][:, -width:], self.response_ids[index][:, :length]]
-        mask = [prompt_mask[:, -width:], response_mask[:, :length].long()]
-        return Batch(index, torch.cat(ids, dim=1), torch.cat(mask, dim=1), length)
+        width = max(self.prompt_lengths[row] + self.response_lengths[row] for row in rows)
+        length += self._more(length, self.column_multiple)
+        width = max(width, length + 1)  # a token's log-probability comes from the position before it
+        width += self._more(width, self.column_multiple)
+        responses = self.response_mask[index].sum(1, keepdim=True)
+        tokens = self.prompt_mask[index].sum(1, keepdim=True) + responses
+        columns = torch.arange(width, device=index.device) - width
+        ends = self.prompt_ids.shape[1] + responses  # of each row in prompt_ids and response_ids side by side
+        ids = torch.cat([self.prompt_ids[index], self.response_ids[index]], dim=1)
+        shift = length - responses
+        shift[len(rows) :] = length
+        return Batch(
+            index=index,
+            count=len(rows),
+            input_ids=ids.gather(1, (ends + columns).clamp(min=0)),
+            attention_mask=(columns >= -tokens).long(),
+            length=length,
+            shift=shift,
+        )
+
+    @staticmethod
+    def _more(needed: int, multiple: int) -> int:
+        return -needed % multiple
 
 
 @dataclass
 class Batch:
-    """Rows of a rollout as a model takes them: `input_ids`, `attention_mask` [b,P'+R'], `length` = R'."""
+    """Rows of a rollout as a model takes them, left-padded: T' = longest row, R' = `length` of the longest response.
+
+    Attributes:
+        index: [b] rows of the rollout.
+        count: how many of them are real; those after them repeat the first, and none of their tokens counts.
+        input_ids, attention_mask: [b,T'].
+        length: R'; responses end in the last column, where those of a rollout begin in the first.
+        shift: [b,1] columns by which each response is moved for that.
+    """
 
     index: Tensor
+    count: int
     input_ids: Tensor
     attention_mask: Tensor
     length: int
+    shift: Tensor
 
     def fit(self, x: Tensor) -> Tensor:
-        """These rows of `x` [B,R], cut to [b,R']."""
-        return x[self.index][:, : self.length]
+        """These rows of `x` [B,R], responses moved to the end, [b,R']; 0 where there is no response."""
+        columns = torch.arange(self.length, device=x.device) - self.shift
+        return x[self.index].gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 0)
+
+    def put(self, x: Tensor, into: Tensor, mask: Tensor) -> None:
+        """The other way round: write `x` [b,R'] to its rows of `into` [B,R]; 0 where `mask` [B,R] is False."""
+        index = self.index[: self.count]
+        columns = torch.arange(mask.shape[1], device=x.device) + self.shift[: self.count]
+        moved = x[: self.count].gather(1, columns.clamp(max=self.length - 1))
+        into[index] = torch.where(mask[index], moved, 0)
 
 
 class PromptStream:
@@ -139,6 +184,7 @@ def sample(
     decode: Callable[[Sequence[int]], str],
     prompts: list[str],
     columns: dict[str, list],
+    multiples: tuple[int, int] = (1, 1),
 ) -> Rollout:
     """Sample one response per prompt, each rank its share, and give every rank the whole."""
     share = my_share(len(prompt_ids), accelerator)
@@ -158,11 +204,20 @@ def sample(
         prompts=prompts,
         responses=[decode(row) for row in kept],
         columns=columns,
+        row_multiple=multiples[0],
+        column_multiple=multiples[1],
     )
 
 
 def _tensors(generated: Generated) -> tuple[Tensor, ...]:
     return generated.response_ids, generated.response_mask, generated.finished, generated.logprobs
+
+
+def plan(rollout: Rollout, rows: Sequence[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
+    """`plan_micro_batches` of these rows, as positions in `rows`."""
+    lengths = [rollout.prompt_lengths[row] + rollout.response_lengths[row] for row in rows]
+    overhead = CPU_OVERHEAD if rollout.prompt_ids.device.type == "cpu" else GPU_OVERHEAD
+    return plan_micro_batches(lengths, max_tokens, ranks, overhead)
 
 
 def micro_batches(
@@ -173,10 +228,7 @@ def micro_batches(
     Yields:
         A batch and whether it counts: where this rank has fewer than others, it repeats a row that must not count.
     """
-    prompts = [rollout.prompt_lengths[row] for row in rows]
-    lengths = [rollout.prompt_lengths[row] + rollout.response_lengths[row] for row in rows]
-    plan = plan_micro_batches(lengths, max_tokens, accelerator.num_processes, prompts)
-    for micro in plan[accelerator.process_index]:
+    for micro in plan(rollout, rows, max_tokens, accelerator.num_processes)[accelerator.process_index]:
         yield rollout.batch([rows[i] for i in micro] or [rows[0]]), bool(micro)
 
 
@@ -199,29 +251,22 @@ def evaluate_tokens(
         if not counts:
             continue
         for result, output in zip(results, outputs, strict=True):
-            result[batch.index, : batch.length] = torch.where(batch.fit(mask), output.float(), 0.0)
+            batch.put(output.float(), result, mask)
     # Each row is filled on one rank and zero on the others: the sum is the whole.
     return [accelerator.reduce(result, "sum") for result in results]
 
 
 def add_logprobs_and_values(
-    rollout: Rollout,
-    model: nn.Module,
-    reference: Callable[[Batch], Tensor],
-    temperature: float,
-    max_tokens: int,
-    accelerator: Accelerator,
+    rollout: Rollout, read: Callable[..., Sequence[Tensor]], max_tokens: int, accelerator: Accelerator
 ) -> None:
-    """Fill in log-probabilities, values, entropy and the reference's log-probabilities.
+    """Fill in log-probabilities, values, entropy and the reference's log-probabilities, as `read` gives them.
 
     They come from the forward that training uses, not from the sampler: the first ratio is 1 whatever the back end.
     """
-
-    def forward(batch: Batch) -> Sequence[Tensor]:
-        out: Outputs = model(batch.input_ids, batch.attention_mask, batch.length, temperature, mode="rollout")
-        assert out.entropy is not None
-        return out.logprobs, out.values, out.entropy, reference(batch)
-
     rollout.logprobs, rollout.values, rollout.entropy, rollout.ref_logprobs = evaluate_tokens(
-        rollout, forward, 4, max_tokens, accelerator
+        rollout,
+        lambda batch: read(batch.input_ids, batch.attention_mask, length=batch.length),
+        4,
+        max_tokens,
+        accelerator,
     )

@@ -30,6 +30,7 @@ from rlhf.ppo.build import (
     is_adapter_of,
     publish_models,
     wants_compile,
+    wants_graphs,
 )
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.trainer import PPOTrainer, Prompts
@@ -152,7 +153,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         lr=config.learning_rate,
         eps=config.adam_eps,
         weight_decay=0.0,
-        fused=accelerator.device.type == "cuda" or None,
+        fused=True,
     )
     if accelerator.is_fsdp2:
         # Accelerate's own policy rounds what leaves the module to bf16 (log-probabilities!), and reduces gradients so.
@@ -165,6 +166,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     generator = build_generator(ctx, actor_critic, tokenizer, accelerator)  # it may copy the policy: before compiling
     if wants_compile(ctx, accelerator.device):
         compile_blocks(actor_critic)
+    graph_pool = torch.cuda.graph_pool_handle() if wants_graphs(ctx, actor_critic, accelerator) else None
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
     eval_prompts = None
     if config.eval_every:
@@ -176,7 +178,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         model=model,
         optimizer=optimizer,
         reference=Reference(ctx, model, accelerator),
-        rewards=build_rewards(ctx, model, accelerator),
+        rewards=build_rewards(ctx, model, accelerator, graph_pool),
         generator=generator,
         prompts=load_prompts(config.data, config.split, renderer, config.max_prompt_length, root=ctx.root),
         eval_prompts=eval_prompts,
@@ -186,6 +188,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         accelerator=accelerator,
         writer=writer,
         checkpointer=Checkpointer(ctx.checkpoints, accelerator, config.keep_checkpoints, ctx.continued),
+        graph_pool=graph_pool,
     )
 
 
@@ -196,6 +199,8 @@ def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: PreTrainedTokeni
     metrics |= {"published_ppo_step": best, "ppo_steps": trainer.ppo_step}
     if best == 0:
         logger.warning("no ppo_step was better than the SFT model by %s: it is published", ctx.recipe.ppo.best_metric)
+    if "value_bias" in state:  # a sequence classifier's head has no place for it
+        metrics["critic_bias"] = float(state["value_bias"])
     if trainer.accelerator.is_main_process:
         publish_models(ctx, tokenizer, state)
         write_card(ctx, metrics, "Policy aligned with PPO; its critic is beside it in `critic/`.")

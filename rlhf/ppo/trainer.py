@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,14 +29,14 @@ from rlhf.ppo.advantages import gae, kl_penalty, token_rewards
 from rlhf.ppo.alerts import Alerts
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.generation import Generator
+from rlhf.ppo.graphs import GRAPH_MULTIPLES, Graphed
 from rlhf.ppo.guards import BadUpdates, bad_rollout, bad_update
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
-from rlhf.ppo.masking import masked_mean, masked_moments, masked_whiten
+from rlhf.ppo.masking import affine_fit, masked_mean, masked_moments, masked_whiten
 from rlhf.ppo.perf import FlopCounter, matmul_peak, padding_share
 from rlhf.ppo.rewards import RunningMoments, ScoreSource, aggregate, shape_scores
 from rlhf.ppo.rollout import (
-    Batch,
     PromptStream,
     Rollout,
     add_logprobs_and_values,
@@ -84,7 +85,7 @@ class PPOTrainer:
         config: the recipe's `ppo` section.
         model: ActorCritic as `accelerator.prepare` returned it.
         optimizer: prepared; its parameters are the trainable ones of `model`.
-        reference: log-probabilities [b,R'] of a batch under the reference policy.
+        reference: (input ids, attention mask, R') -> log-probabilities [b,R'] under the reference policy.
         rewards: weighted sources of scores.
         generator: samples responses of the current policy.
         prompts, eval_prompts: what is trained and evaluated on.
@@ -92,6 +93,7 @@ class PPOTrainer:
         pad_id: for left-padding prompts.
         seed: of sampling, of the order of prompts and of mini-batches.
         accelerator, writer, checkpointer: placement, logs, resume.
+        graph_pool: of CUDA graphs that replay micro-batches (one process, not sharded); None = no graphs.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class PPOTrainer:
         config: PPOSection,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        reference: Callable[[Batch], Tensor],
+        reference: Callable[[Tensor, Tensor, int], Tensor],
         rewards: list[ScoreSource],
         generator: Generator,
         prompts: Prompts,
@@ -110,6 +112,7 @@ class PPOTrainer:
         accelerator: Accelerator,
         writer: MetricsWriter,
         checkpointer: Checkpointer,
+        graph_pool: Any = None,
     ) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
         self.reference, self.rewards, self.generator = reference, rewards, generator
@@ -133,6 +136,9 @@ class PPOTrainer:
         )
         self.bad_updates = BadUpdates(writer.directory, config.max_bad_updates, accelerator)
         self.alerts = Alerts(config)
+        self.graphs = graph_pool is not None
+        self.read = Graphed(self._read, graph_pool)
+        self.forward_backward = Graphed(self._forward_backward, graph_pool, prepare=self._allocate_gradients)
 
     # ------------------------------------------------------------------------------------------------------ the run
     def train(self) -> None:
@@ -179,9 +185,7 @@ class PPOTrainer:
 
         # 2. Score the responses; log-probabilities of policy and reference, values of the critic.
         self.score(rollout, update=True)
-        add_logprobs_and_values(
-            rollout, self.model, self.reference, config.temperature, config.max_tokens_per_micro_batch, self.accelerator
-        )
+        add_logprobs_and_values(rollout, self.read, config.max_tokens_per_micro_batch, self.accelerator)
         mask = rollout.response_mask
 
         # 3. Reward of each token: -kl_coef * KL, and the score on the last one.
@@ -189,6 +193,8 @@ class PPOTrainer:
         rewards = token_rewards(rollout.scores, kl, mask, self.kl_controller.kl_coef)
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
+        if self.ppo_step == 0 and config.calibrates_critic:
+            self._calibrate_critic(rollout, rewards)
 
         # 4. Advantages, whitened over the global batch, and the critic's targets.
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
@@ -230,20 +236,25 @@ class PPOTrainer:
 
         Where the loss or the gradient is not finite, on any rank, no rank takes the step.
         """
-        config, ranks = self.config, self.accelerator.num_processes
+        ranks = self.accelerator.num_processes
         tokens = sum(
             rollout.response_lengths[row] for row in rows
         )  # of the whole mini-batch, all ranks: the denominator
         totals = torch.zeros(6, device=rollout.response_mask.device)
-        batches = list(micro_batches(rollout, rows, config.max_tokens_per_micro_batch, self.accelerator))
+        waits = self.ppo_step < self.config.critic_warmup_steps  # the policy, while a fresh critic finds its feet
+        forward_backward = self._forward_backward if waits else self.forward_backward
+        batches = list(micro_batches(rollout, rows, self.config.max_tokens_per_micro_batch, self.accelerator))
         for number, (batch, counts) in enumerate(batches):
             last = number == len(batches) - 1
             with _sync_gradients(self.accelerator, self.model, last):
-                loss, parts = self._losses(rollout, targets, batch, tokens)
                 # DDP and FSDP average gradients over ranks; ours are shares of one sum.
-                self.accelerator.backward(loss * ranks * float(counts))
-            totals += parts * float(counts)
-        if self.ppo_step < config.critic_warmup_steps:  # the policy waits while a fresh critic finds its feet
+                totals += forward_backward(
+                    *(batch.input_ids, batch.attention_mask, batch.fit(rollout.response_mask)),
+                    *(batch.fit(rollout.logprobs), batch.fit(targets.advantages)),
+                    *(batch.fit(rollout.values), batch.fit(targets.returns)),
+                    *(totals.new_tensor(tokens), totals.new_tensor(ranks * float(counts))),
+                ) * float(counts)
+        if waits:
             for parameter in self.accelerator.unwrap_model(self.model).policy_parameters():
                 parameter.grad = None
         norm = totals.new_tensor([self._clip_gradients() / ranks])  # the same on every rank: summed, it is itself
@@ -251,25 +262,62 @@ class PPOTrainer:
         statistics = dict(zip(STATISTICS, values, strict=True))
         if not bad_update(statistics):
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.graphs)
         return statistics
 
-    def _losses(self, rollout: Rollout, targets: Targets, batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
-        """Loss of one micro-batch (its share of the mini-batch's) and six statistics, shares as well."""
-        config, mask = self.config, batch.fit(rollout.response_mask)
-        new: Outputs = self.model(batch.input_ids, batch.attention_mask, batch.length, config.temperature)
-        old_logprobs, advantages = batch.fit(rollout.logprobs), batch.fit(targets.advantages)
-        old_values, returns = batch.fit(rollout.values), batch.fit(targets.returns)
+    def _forward_backward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        logprobs: Tensor,
+        advantages: Tensor,
+        values: Tensor,
+        returns: Tensor,
+        tokens: Tensor,
+        weight: Tensor,
+    ) -> Tensor:
+        """Gradients of one micro-batch (its share of the mini-batch's); returns six statistics, shares as well.
+
+        Tensors alone, for the sake of a CUDA graph: input [b,P'+R'], the others [b,R'], `tokens` and `weight` scalars.
+        """
+        new: Outputs = self.model(input_ids, attention_mask, mask.shape[1], self.config.temperature)
+        loss, parts = self._losses(new, mask, logprobs, advantages, values, returns, tokens)
+        self.accelerator.backward(loss * weight)
+        return parts
+
+    def _losses(
+        self,
+        new: Outputs,
+        mask: Tensor,
+        logprobs: Tensor,
+        advantages: Tensor,
+        values: Tensor,
+        returns: Tensor,
+        tokens: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
         pg_loss, pg_clipfrac, approxkl = policy_loss(
-            new.logprobs, old_logprobs, advantages, mask, config.cliprange, denominator=tokens
+            new.logprobs, logprobs, advantages, mask, config.cliprange, denominator=tokens
         )
-        vf_loss, vf_clipfrac = value_loss(
-            new.values, old_values, returns, mask, config.cliprange_value, denominator=tokens
-        )
-        log_ratio = torch.where(mask, new.logprobs.detach() - old_logprobs, 0)
+        vf_loss, vf_clipfrac = value_loss(new.values, values, returns, mask, config.cliprange_value, denominator=tokens)
+        log_ratio = torch.where(mask, new.logprobs.detach() - logprobs, 0)
         ratio = torch.where(mask, log_ratio.exp(), 0).sum() / tokens
         parts = torch.stack([pg_loss.detach(), pg_clipfrac, approxkl, vf_loss.detach(), vf_clipfrac, ratio])
         return pg_loss + config.vf_coef * vf_loss, parts
+
+    @torch.no_grad()
+    def _read(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> tuple[Tensor, ...]:
+        """Log-probabilities, values, entropy and the reference's log-probabilities [b,R'] of responses."""
+        out: Outputs = self.model(input_ids, attention_mask, length, self.config.temperature, mode="rollout")
+        assert out.entropy is not None
+        return out.logprobs, out.values, out.entropy, self.reference(input_ids, attention_mask, length)
+
+    def _allocate_gradients(self) -> None:
+        """A CUDA graph adds to gradients where they are: they must be there, and stay."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     # ----------------------------------------------------------------------------------------------------- parts of it
     def rollout(self, prompts: Prompts, stream: int, step: int) -> Rollout:
@@ -287,6 +335,7 @@ class PPOTrainer:
             self.decode,
             prompts.texts,
             prompts.columns,
+            GRAPH_MULTIPLES if self.graphs else (1, 1),
         )
 
     def score(self, rollout: Rollout, update: bool) -> None:
@@ -308,20 +357,26 @@ class PPOTrainer:
             config.missing_eos_mode,
         )
 
+    def _calibrate_critic(self, rollout: Rollout, rewards: Tensor) -> None:
+        """Fit the critic's scale and offset to the returns of the first rollout.
+
+        A reward model was taught at the last token alone. Before it, its score is on a scale of its own: on `tiny` the
+        mean is two standard deviations off and half of the spread is noise, which advantages then are full of.
+        """
+        mask = rollout.response_mask
+        returns, _ = gae(rewards, torch.zeros_like(rewards), mask, self.config.gamma, lam=1.0)
+        scale, offset = affine_fit(rollout.values, returns, mask)
+        if math.isfinite(scale) and math.isfinite(offset):  # else the rollout is bad, and is not learned from
+            self.accelerator.unwrap_model(self.model).calibrate(scale, offset)
+            rollout.values = torch.where(mask, scale * rollout.values + offset, 0)
+
     def evaluate(self) -> tuple[dict[str, float], Rollout | None]:
         """The current policy on held-out prompts, always with the same random numbers: metrics and responses."""
         if self.eval_prompts is None:
             return {}, None
         rollout = self.rollout(self.eval_prompts, EVAL, 0)
         self.score(rollout, update=False)
-        add_logprobs_and_values(
-            rollout,
-            self.model,
-            self.reference,
-            self.config.temperature,
-            self.config.max_tokens_per_micro_batch,
-            self.accelerator,
-        )
+        add_logprobs_and_values(rollout, self.read, self.config.max_tokens_per_micro_batch, self.accelerator)
         kl = _per_response(kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1"), rollout.response_mask)
         score = float(rollout.scores.mean())
         metrics = {

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import reward_vs_trl
 from benchmarks.our_side import timed_step
 from benchmarks.ppo_vs_trl import WORKLOADS, summary, table
 from benchmarks.start import random_context, side_specs
@@ -66,3 +67,28 @@ def test_the_report_shows_means_and_spread() -> None:
     text = report(results)
     assert "| ours | 2 | 3.000 ± 1.414 |" in text and "| trl | 1 | 1.000 |" in text
     assert "| 0 | 4.000 | 2.000 | 1.000 | 1.000 | 0.500 |" in text
+
+
+def test_pairs_made_for_the_reward_benchmark_can_be_told_apart_and_not_by_length() -> None:
+    pairs = reward_vs_trl.synthetic_pairs(300, vocab=512, longest=192, seed=0)
+    lengths = [len(ids) for ids in pairs["chosen_ids"]]
+    assert max(lengths) <= 177 and min(lengths) < 40 and len(set(lengths)) > 60
+
+    def good(ids: list[int]) -> float:
+        return sum(token >= 260 for token in ids) / len(ids)
+
+    right = sum(good(pair["chosen_ids"]) > good(pair["rejected_ids"]) for pair in pairs)
+    longer = sum(len(pair["chosen_ids"]) > len(pair["rejected_ids"]) for pair in pairs)
+    assert 0.75 < right / 300 < 0.95 and 0.4 < longer / 300 < 0.6  # one label in ten is wrong
+
+
+def test_the_reward_table_shows_medians_and_their_ratio() -> None:
+    common = {"padding": 0.25, "peak_gib": None, "first_step": 1.0, "accuracy": 0.5}
+    rows = [
+        {"side": side, "tokens_per_second": speed, "operations_per_second": speed * 10.0} | common
+        for side, speeds in {"trl": (1000.0, 2000.0, 9000.0), "ours": (8000.0, 8000.0, 1.0)}.items()
+        for speed in speeds
+    ]
+    text = reward_vs_trl.table(rows, peak=1e5)
+    assert "| trl | 2,000 | 20.0% | 25% | 0.500, 0.500, 0.500 | 1.0 |" in text
+    assert "4.00 times as many tokens" in text

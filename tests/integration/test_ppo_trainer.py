@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,6 +136,62 @@ def test_critic_warm_up_leaves_the_policy_bit_equal(tmp_path, shape):
     trainer.ppo_step = 2
     trainer.step()
     assert any(not torch.equal(after[name], value) for name, value in weights(trainer).items() if name in names)
+
+
+@pytest.mark.parametrize("shape", ["full-separate", "lora-separate"])
+def test_the_critic_is_calibrated_once_to_the_first_returns(tmp_path, monkeypatch, shape):
+    """numpy's least squares on what the critic said before and on the scores, which are the returns while KL is 0."""
+    trainer = toy_trainer(tmp_path, shape, FOUR_STEPS | {"critic_warmup_steps": 9, "learning_rate": 1e-12})
+    before, score = first_rollout(trainer), trainer.score
+    mask = before.response_mask
+    values = before.values[mask].numpy()
+
+    def related(rollout, update):
+        score(rollout, update)
+        rollout.scores = 0.5 * before.values[:, 0] - 3 + torch.tensor([0.1, 0.0, -0.1, 0.0])
+
+    monkeypatch.setattr(trainer, "score", related)
+    _, rollout = trainer.step()
+    scores = rollout.scores[:, None].expand(mask.shape)[mask].numpy()
+    slope, offset = np.polyfit(values, scores, 1)
+    assert slope > 0
+    assert_close(rollout.values[mask], slope * values + offset, rtol=1e-3, atol=1e-4)
+    assert_close(first_rollout(trainer).values, rollout.values, rtol=1e-4, atol=1e-5)  # the model says so from now on
+    assert_close(model_of(trainer).value_bias.item(), offset, rtol=1e-3)
+    trainer.ppo_step = 1
+    _, second = trainer.step()
+    assert_close(model_of(trainer).value_bias.item(), offset, rtol=1e-3)
+    assert not any(torch.isnan(second.values).flatten())
+
+
+@pytest.mark.parametrize(
+    ("shape", "ppo"),
+    [
+        ("full-separate", {"calibrate_critic": False}),
+        ("full-shared", {}),
+        ("lora-shared", {}),
+        ("full-separate", {"critic_init": "sft"}),
+    ],
+)
+def test_a_critic_that_is_not_calibrated_has_no_bias(tmp_path, shape, ppo):
+    trainer = toy_trainer(tmp_path, shape, FOUR_STEPS | {"learning_rate": 1e-12} | ppo)
+    before = first_rollout(trainer)
+    _, rollout = trainer.step()
+    assert model_of(trainer).value_bias is None
+    assert torch.equal(before.values, rollout.values)
+
+
+def test_bad_scores_do_not_reach_the_critic(tmp_path, monkeypatch):
+    trainer = toy_trainer(tmp_path, ppo=FOUR_STEPS)
+    before, score = weights(trainer), trainer.score
+
+    def broken(rollout, update):
+        score(rollout, update)
+        rollout.scores[0] = math.nan
+
+    monkeypatch.setattr(trainer, "score", broken)
+    trainer.step()
+    assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
 
 
 def test_max_kl_stops_the_run(tmp_path):

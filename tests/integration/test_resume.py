@@ -20,6 +20,7 @@ from rlhf.interrupt import Interrupted
 from rlhf.ppo import checkpoint as ppo_checkpoint
 from rlhf.ppo import stage as ppo_stage
 from rlhf.ppo import trainer as ppo_trainer
+from rlhf.reward import train as reward
 from rlhf.stage import run_stage
 from tests.builders import build_model, build_recipe, build_tokenizer
 from tests.ppo_toys import PEFT, build_artifacts, rows_of
@@ -45,7 +46,12 @@ PPO = {
     "kl_horizon": 40,
     "normalize_scores": True,
 }
-STAGES = {"sft": (sft.STAGE, trainers), "sft-lora": (sft.STAGE, trainers), "ppo": (ppo_stage.STAGE, ppo_trainer)}
+STAGES = {
+    "sft": (sft.STAGE, trainers),
+    "sft-lora": (sft.STAGE, trainers),
+    "reward": (reward.STAGE, trainers),
+    "ppo": (ppo_stage.STAGE, ppo_trainer),
+}
 
 
 class Case:
@@ -59,6 +65,10 @@ class Case:
         if name == "ppo":
             build_artifacts(root, lora=False)
             self.recipe = build_recipe(root, ppo=PPO)
+        elif name == "reward":
+            build_artifacts(root, lora=False)
+            shutil.rmtree(self.final)  # this one is made by the stage
+            self.recipe = build_recipe(root, reward={"trainer": TRAINER, "baselines": False})
         else:
             tokenizer = build_tokenizer()
             build_model(tokenizer).save_pretrained(root / "base")
@@ -108,14 +118,14 @@ def whole(tmp_path_factory):
 
 
 # 5: between rows and checkpoints. 6: the end of an epoch, with its evaluation. 12: the last step.
-STOPS = [("sft", 5), ("sft", 6), ("sft", 12), ("sft-lora", 5), ("ppo", 5)]
+STOPS = [("sft", 5), ("sft", 6), ("sft", 12), ("sft-lora", 5), ("reward", 8), ("ppo", 5)]
 
 
 @pytest.mark.parametrize(("name", "step"), STOPS)
 def test_sigterm_saves_and_the_next_run_ends_as_if_nothing_had_been(tmp_path, monkeypatch, whole, name, step):
     case = Case(name, tmp_path / "root")
     stopped = case.stop(monkeypatch, step)
-    last = {"sft": 12, "ppo": 5}[case.stage.name]
+    last = {"sft": 12, "reward": 12, "ppo": 5}[case.stage.name]
     assert stopped.number == signal.SIGTERM and f"step {step} of {last} is done and saved" in str(stopped)
     assert case.checkpoints()[-1] in (f"checkpoint-{step}", f"step_{step:06d}")
     assert essence(case.run()) == whole(name)

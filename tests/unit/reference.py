@@ -47,6 +47,16 @@ def whiten(x: Grid, mask: Mask, shift_mean: bool, moments: tuple[float, float] |
 
 
 # ---------------------------------------------------------------------------------------------------- advantages
+def affine_fit(x: Grid, y: Grid, mask: Mask) -> tuple[float, float]:
+    """The scale (at least 0) and offset with the smallest sum of squares."""
+    some = cells(mask)
+    mean_x, mean_y = mean(x, mask), mean(y, mask)
+    products = sum((x[b][t] - mean_x) * (y[b][t] - mean_y) for b, t in some)
+    squares = sum((x[b][t] - mean_x) ** 2 for b, t in some)
+    scale = max(0.0, products / squares) if squares else 0.0
+    return scale, mean_y - scale * mean_x
+
+
 def kl_penalty(logprobs: Grid, ref_logprobs: Grid, estimator: str) -> Grid:
     def one(p: float, q: float) -> float:
         if estimator == "k1":

@@ -113,6 +113,10 @@ def test_a_copy_holds_the_policy_adapter_merged(tmp_path):
     assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-5)
     with trainer.model.adapter("critic"):
         assert not torch.allclose(policy(ids).logits, expected, atol=1e-2)
+    # One set of what no adapter changes: embeddings are not copied, and merging has not touched the policy's weights.
+    assert plain.get_input_embeddings().weight is policy.get_input_embeddings().weight
+    merged, base = plain.transformer.h[0].attn.c_attn.weight, policy.get_base_model().transformer.h[0].attn.c_attn
+    assert merged.data_ptr() != base.base_layer.weight.data_ptr() and not torch.equal(merged, base.base_layer.weight)
 
 
 def test_a_training_run_is_the_same_with_both_back_ends(tmp_path):

@@ -1,13 +1,14 @@
 """Masked statistics: hand-typed numbers, the second implementation, and what padding must never do."""
 
 import math
+from math import inf, nan
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rlhf.ppo.masking import check_mask, masked_mean, masked_moments, masked_whiten, merge_moments
+from rlhf.ppo.masking import affine_fit, check_mask, masked_mean, masked_moments, masked_whiten, merge_moments
 from tests.tolerances import assert_close
 from tests.unit import reference
 
@@ -202,6 +203,55 @@ class TestMaskedWhiten:
     def test_gradient_by_finite_differences(self):
         x = X.clone().requires_grad_()
         assert torch.autograd.gradcheck(lambda x: masked_whiten(x, MASK), x)
+
+
+class TestAffineFit:
+    def test_by_hand(self):
+        x, y = grid([[0.0, 1.0, 99.0], [2.0, nan, nan]]), grid([[1.0, 2.0, inf], [6.0, -7.0, nan]])
+        mask = torch.tensor([[True, True, False], [True, False, False]])
+        # x - 1 = (-1, 0, 1), y - 3 = (-2, -1, 3): slope (2 + 0 + 3) / 2, and 3 - 2.5 * 1
+        assert affine_fit(x, y, mask) == pytest.approx((2.5, 0.5))
+
+    def test_a_line_is_found_exactly(self):
+        x = grid([[3.0, -1.0, 4.0, 1.0]])
+        assert affine_fit(x, 0.3 * x - 7, torch.ones(1, 4, dtype=torch.bool)) == pytest.approx((0.3, -7.0))
+
+    def test_never_upside_down(self):
+        x = grid([[1.0, 2.0, 3.0]])
+        assert affine_fit(x, -x, torch.ones(1, 3, dtype=torch.bool)) == (0.0, pytest.approx(-2.0))
+
+    @pytest.mark.parametrize(("x", "y", "counts"), [([5.0, 5.0], [1.0, 2.0], True), ([5.0, 6.0], [1.0, 2.0], False)])
+    def test_nothing_to_fit(self, x, y, counts):
+        offset = 1.5 if counts else 0.0
+        assert affine_fit(grid([x]), grid([y]), torch.full((1, 2), counts)) == (0.0, offset)
+
+    @pytest.mark.parametrize("broken", [nan, inf])
+    def test_not_finite_in_not_finite_out(self, broken):
+        mask = torch.ones(1, 3, dtype=torch.bool)
+        ok, bad = grid([[1.0, 2.0, 4.0]]), grid([[1.0, broken, 2.0]])
+        assert not all(map(math.isfinite, affine_fit(ok, bad, mask)))
+        assert not all(map(math.isfinite, affine_fit(bad, ok, mask)))
+
+    def test_float32_far_from_zero(self):
+        x = torch.tensor([[10_000.0, 10_000.5, 10_001.0]])
+        y = torch.tensor([[20_000.0, 20_000.25, 20_000.5]])
+        assert affine_fit(x, y, torch.ones(1, 3, dtype=torch.bool)) == pytest.approx((0.5, 15_000.0))
+
+    def test_checks_its_mask(self):
+        x = torch.zeros(1, 2)
+        with pytest.raises(ValueError, match="mask has dtype"):
+            affine_fit(x, x, torch.ones(1, 2))
+        with pytest.raises(ValueError, match="y has shape"):
+            affine_fit(x, torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool))
+
+    @given(reference.ragged(50, 50, min_length=0))
+    def test_second_implementation(self, case):
+        mask, (x, y) = case
+        scale, offset = reference.affine_fit(x, y, mask)
+        found = affine_fit(grid(x), grid(y), torch.tensor(mask))
+        spread = reference.variance(x, mask)
+        assume(spread == 0 or spread > 1e-6)  # between the two the slope is rounding error
+        assert found == pytest.approx((scale, offset), rel=1e-6, abs=1e-6)
 
 
 class TestCheckMask:

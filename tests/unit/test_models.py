@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers.activations import NewGELUActivation
 
 from rlhf.models import (
     ActorCritic,
@@ -11,6 +12,7 @@ from rlhf.models import (
     check_saved,
     check_tensors,
     disable_dropout,
+    explicit_masks,
     has_plain_head,
     init_score_head,
     last_position,
@@ -56,6 +58,17 @@ def llama():
 MODELS = {"gpt2": gpt2, "llama": llama}
 
 
+def test_gpt2_gets_one_gelu_kernel_and_the_same_outputs(tmp_path):
+    plain = gpt2()
+    save_model(plain, build_tokenizer(), tmp_path)
+    fused = load_model(tmp_path)
+    kinds = {type(block.mlp.act) for block in fused.transformer.h}
+    assert kinds == {nn.GELU} and isinstance(plain.transformer.h[0].mlp.act, NewGELUActivation)
+    ids = torch.tensor([[1, 40, 41, 60]])
+    assert_close(fused(ids).logits, plain(ids).logits, atol=1e-5)
+    assert fused.config.activation_function == "gelu_new"  # what is saved loads as before
+
+
 def joined(prompts, responses, left=0, right=0, pad=0):
     """input_ids and attention_mask: prompts left-padded (`left` more than needed), responses right-padded."""
     width, length = max(map(len, prompts)) + left, max(map(len, responses)) + right
@@ -91,6 +104,20 @@ def test_response_logprobs_are_those_of_a_plain_forward(name, left, right, pad):
         assert_close(logprobs[row, :n], expected[0], atol=1e-5)
         assert_close(entropy[row, :n], expected[1], atol=1e-5)
         assert_close(hidden[row, :n], expected[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_an_explicit_mask_says_the_same_as_one_of_padding(name):
+    model = MODELS[name]()
+    ids, mask, length = joined(PROMPTS, RESPONSES, 3, 2)
+    short = response_logprobs(model, ids, mask, length, TEMPERATURE, entropy=True)
+    with explicit_masks():
+        whole = response_logprobs(model, ids, mask, length, TEMPERATURE, entropy=True)
+    keep = mask[:, -length:].bool()
+    for a, b in zip(short, whole, strict=True):
+        assert_close(b[keep], a[keep], atol=1e-5)
+        assert torch.isfinite(b).all()  # padding, too: one NaN in a mini-batch is one too many
 
 
 @torch.no_grad()

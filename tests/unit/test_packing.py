@@ -10,6 +10,7 @@ from rlhf.ppo.packing import plan_micro_batches
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 BUDGETS = st.integers(1, 300)
 RANKS = st.integers(1, 5)
+FEW = 10**6  # overhead of a micro-batch at which no cut ever pays
 
 
 def greedy_count(lengths, max_tokens):
@@ -25,12 +26,22 @@ def greedy_count(lengths, max_tokens):
 
 def test_by_hand_one_rank():
     # 9 alone (2 * 9 > 16); 8 and 7 (2 * 8 = 16); 3, 2, 2 (3 * 3 = 9)
-    assert plan_micro_batches([2, 9, 7, 3, 8, 2], max_tokens=16, num_ranks=1) == [[[1], [4, 2], [3, 0, 5]]]
+    assert plan_micro_batches([2, 9, 7, 3, 8, 2], max_tokens=16, num_ranks=1, overhead=FEW) == [
+        [[1], [4, 2], [3, 0, 5]]
+    ]
+
+
+def test_a_cut_is_made_where_it_saves_more_than_it_costs():
+    lengths = [9, 9, 4, 4, 4, 1]
+    # One batch has an area of 54. Cutting after the nines saves 20, after the fours 3 more.
+    assert plan_micro_batches(lengths, 100, 1, overhead=21) == [[[0, 1, 2, 3, 4, 5]]]
+    assert plan_micro_batches(lengths, 100, 1, overhead=19) == [[[0, 1], [2, 3, 4, 5]]]
+    assert plan_micro_batches(lengths, 100, 1, overhead=2) == [[[0, 1], [2, 3, 4], [5]]]
 
 
 def test_by_hand_two_ranks():
     # longest first to the lighter rank: 9 | 8; 9 | 8 + 7; 9 + 3 | 15; 12 + 2 | 15; 14 + 2 | 15
-    assert plan_micro_batches([2, 9, 7, 3, 8, 2], max_tokens=16, num_ranks=2) == [
+    assert plan_micro_batches([2, 9, 7, 3, 8, 2], max_tokens=16, num_ranks=2, overhead=FEW) == [
         [[1], [3, 0, 5]],
         [[4], [2]],  # [4, 2] would fit, but rank 0 has two micro-batches: halved
     ]
@@ -44,19 +55,19 @@ def test_a_rank_with_too_few_rows_gets_empty_micro_batches():
 
 def test_halving_takes_the_largest_padded_area_and_keeps_the_order():
     # Rank 0 needs three, rank 1 two. Areas on rank 1: [4, 3, 2] 12 against [5, 5] 10, though the latter is wider.
-    assert plan_micro_batches([8, 5, 5, 5, 4, 3, 3, 3, 2], max_tokens=12, num_ranks=2) == [
-        [[0], [3, 5], [7]],
+    assert plan_micro_batches([8, 5, 5, 5, 4, 3, 3, 3, 2], max_tokens=12, num_ranks=2, overhead=FEW) == [
+        [[0], [3], [5, 7]],
         [[1, 2], [4, 6], [8]],
     ]
     # [6, 5] 12 and [4, 3, 1] 12, though the latter has more rows: the first of equals
-    assert plan_micro_batches([9, 6, 5, 5, 4, 4, 3, 2, 1], max_tokens=13, num_ranks=2) == [
+    assert plan_micro_batches([9, 6, 5, 5, 4, 4, 3, 2, 1], max_tokens=13, num_ranks=2, overhead=FEW) == [
         [[0], [3, 5], [7]],
         [[1], [2], [4, 6, 8]],
     ]
 
 
 def test_an_oversized_row_stands_alone():
-    assert plan_micro_batches([100, 2, 2], max_tokens=10, num_ranks=1) == [[[0], [1, 2]]]
+    assert plan_micro_batches([100, 2, 2], max_tokens=10, num_ranks=1, overhead=FEW) == [[[0], [1, 2]]]
 
 
 def test_no_rows():
@@ -100,9 +111,26 @@ def test_all_ranks_take_part_equally_often_and_empty_ones_only_for_want_of_rows(
 
 @given(LENGTHS, BUDGETS, RANKS)
 def test_no_more_micro_batches_than_needed(lengths, max_tokens, num_ranks):
-    plan = plan_micro_batches(lengths, max_tokens, num_ranks)
+    plan = plan_micro_batches(lengths, max_tokens, num_ranks, overhead=FEW)
     needed = [greedy_count([lengths[row] for rows in rank for row in rows], max_tokens) for rank in plan]
     assert len(plan[0]) == max(needed)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 80), st.integers(0, 30))
+def test_no_cutting_of_the_sorted_rows_costs_less(lengths, max_tokens, overhead):
+    ordered = sorted(lengths, reverse=True)
+
+    def cost(sizes):
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        areas = [size * ordered[start] for size, start in zip(sizes, starts, strict=True)]
+        fits = all(area <= max_tokens or size == 1 for area, size in zip(areas, sizes, strict=True))
+        return sum(areas) + overhead * len(sizes) if fits else float("inf")
+
+    def compositions(n):
+        return [[first, *rest] for first in range(1, n + 1) for rest in compositions(n - first)] if n else [[]]
+
+    (plan,) = plan_micro_batches(lengths, max_tokens, 1, overhead)
+    assert cost([len(rows) for rows in plan]) == min(map(cost, compositions(len(lengths))))
 
 
 @given(LENGTHS, BUDGETS, RANKS)

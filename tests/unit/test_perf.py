@@ -24,8 +24,9 @@ def test_training_operations_by_hand():
 
 
 def test_padding_share_by_hand():
-    rollout = SimpleNamespace(prompt_lengths=[2, 1], response_lengths=[1, 3])
-    assert padding_share(rollout, max_tokens=100, ranks=1) == 1 - 7 / 10  # one batch, 2 x (2 + 3)
+    ids = torch.zeros(2, 2)
+    rollout = SimpleNamespace(prompt_ids=ids, prompt_lengths=[2, 1], response_lengths=[1, 4])
+    assert padding_share(rollout, max_tokens=100, ranks=1) == 1 - 8 / 10  # one batch, 2 x max(3, 5)
     assert padding_share(rollout, max_tokens=5, ranks=1) == 0.0
 
 

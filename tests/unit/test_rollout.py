@@ -70,14 +70,25 @@ def test_shares_are_equally_long_and_gather_to_the_whole(count, ranks):
 
 
 # ------------------------------------------------------------------------------------------------------ micro-batches
-def test_a_batch_is_trimmed_to_its_rows():
-    rollout = rollout_of([[1, 5], [1, 5, 6, 7], [1]], [2, 3, 6])
+def test_a_batch_is_trimmed_to_its_longest_row():
+    rollout = rollout_of([[1, 5], [1, 5, 6, 7], [1]], [2, 3, 4])
     batch = rollout.batch([0, 2])
-    assert batch.length == 6
-    assert batch.input_ids.tolist() == [[1, 5, 10, 11, 0, 0, 0, 0], [0, 1, 10, 11, 12, 13, 14, 15]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1]]
-    assert batch.fit(rollout.response_mask).shape == (2, 6)
-    assert rollout.batch([0]).fit(rollout.response_ids).tolist() == [[10, 11]]
+    assert batch.length == 4
+    assert batch.input_ids.tolist() == [[0, 1, 5, 10, 11], [1, 10, 11, 12, 13]]
+    assert batch.attention_mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert rollout.batch([1, 0]).input_ids.tolist() == [[1, 5, 6, 7, 10, 11, 12], [0, 0, 0, 1, 5, 10, 11]]
+    assert rollout.batch([0]).input_ids.tolist() == [[1, 5, 10, 11]]
+
+
+def test_responses_are_moved_to_the_end_of_a_batch_and_back():
+    rollout = rollout_of([[1, 5], [1, 5, 6, 7], [1]], [2, 3, 4])
+    batch = rollout.batch([2, 0])
+    assert batch.fit(rollout.response_ids).tolist() == [[10, 11, 12, 13], [0, 0, 10, 11]]
+    assert batch.fit(rollout.response_mask).tolist() == [[True] * 4, [False, False, True, True]]
+    moved = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
+    back = torch.full((3, 6), 9.0)
+    batch.put(moved, back, rollout.response_mask)
+    assert back.tolist() == [[7, 8, 0, 0, 0, 0], [9] * 6, [1, 2, 3, 4, 0, 0]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -100,6 +111,23 @@ def test_dummy_micro_batches_do_not_count():
     other = evaluate_tokens(rollout, lambda batch: [torch.ones(len(batch.index), batch.length)], 1, 100, rank(1, 2))
     first = evaluate_tokens(rollout, lambda batch: [torch.ones(len(batch.index), batch.length)], 1, 100, rank(0, 2))
     assert_close(first[0] + other[0], torch.ones(2, 6))
+
+
+def test_sizes_in_multiples_change_nothing_but_padding():
+    plain, wide = (rollout_of([[1, 2, 3], [1, 2, 3, 4, 5], [1, 2]], [4, 1, 6]) for _ in range(2))
+    wide.row_multiple, wide.column_multiple = 4, 4
+    a, b = plain.batch([2, 0]), wide.batch([2, 0])
+    assert (a.input_ids.shape, a.length, a.count) == ((2, 8), 6, 2)
+    assert (b.input_ids.shape, b.length, b.count) == ((4, 12), 8, 2)  # 9 columns for 8 log-probabilities, and then 12
+    assert torch.equal(a.input_ids[0], b.input_ids[0, 4:]) and torch.equal(a.input_ids[1, 1:], b.input_ids[1, 5:])
+    assert torch.equal(a.attention_mask, b.attention_mask[:2, 4:]) and not b.attention_mask[:2, :4].any()
+    assert torch.equal(b.input_ids[2], b.input_ids[0])  # something to compute with
+    mask = b.fit(wide.response_mask)
+    assert torch.equal(mask[:2, 2:], a.fit(plain.response_mask)) and mask.sum() == 10
+    results = []
+    for rollout in (plain, wide):
+        results += evaluate_tokens(rollout, lambda batch: [batch.input_ids[:, -batch.length :].float()], 1, 100, rank())
+    assert torch.equal(*results)
 
 
 def test_evaluate_tokens_puts_rows_in_their_place_and_zero_on_padding():

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rlhf.models import keep_last, position_ids
 from rlhf.ppo.generation.plain import inverse_cdf, left_pad, sampling_logprobs
@@ -27,6 +29,7 @@ REFILL_SHARE = (
 )
 LENGTH_BUCKET = 64  # cache lengths are multiples of it, so that few graphs are captured
 MAX_KEPT = 4  # sizes of slots whose cache and graph are kept
+GROUPED = "rlhf_grouped_sdpa"
 PREFILL_TOKENS = 65_536  # of one prefill: bounds its activations
 
 
@@ -282,12 +285,56 @@ class CompiledGenerator:
 
 @torch.no_grad()
 def sampling_copy(policy: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A plain copy of the policy in `dtype`, without adapters; `copy_weights` fills it."""
-    plain: Any = copy.deepcopy(policy)
+    """A plain copy of the policy in `dtype`, without adapters; `copy_weights` fills it.
+
+    Frozen weights that no adapter changes, such as the embeddings under LoRA, are not copied where the dtype is theirs.
+    """
+    shared = {
+        id(parameter): parameter
+        for name, parameter in policy.named_parameters()
+        if not parameter.requires_grad and parameter.dtype == dtype and ".base_layer." not in name
+    }
+    plain: Any = copy.deepcopy(policy, shared)
     if hasattr(policy, "peft_config"):
         plain = plain.unload()
     plain.requires_grad_(False).eval()
+    plain.set_attn_implementation(GROUPED)
     return plain.to(dtype)
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """sdpa, without copies of keys and values where several heads share them and each row has one query.
+
+    transformers repeats keys and values for every head when there is a mask: for one new token that moves more memory
+    than the attention itself. Heads that share keys are taken as several queries of one head instead.
+
+    Args:
+        query: [S,H,T,D]. key, value: [S,K,L,D]; head h reads keys h // (H / K).
+        attention_mask: bool [S,1,T,L] or None.
+        kwargs: of transformers' interface.
+
+    Returns:
+        [S,T,H,D] and None.
+    """
+    rows, heads, queries, width = query.shape
+    if queries != 1 or heads == key.shape[1] or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    grouped = query.view(rows, key.shape[1], heads // key.shape[1], width)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
+    )
+    return out.reshape(rows, 1, heads, width), None
+
+
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 @torch.no_grad()
