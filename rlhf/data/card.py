@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -154,4 +155,6 @@ def draw(manifest: dict[str, Any], sizes: Sizes, path: Path) -> None:
     if right.get_legend_handles_labels()[0]:
         right.legend(fontsize=8)
     with mpl.rc_context({"svg.hashsalt": "card", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        drawn = StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    path.write_text(" ".join(drawn.getvalue().split()) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.cleaning import SCOPE, ExactStep, NearStep, PiiStep, SafetyStep, SemanticStep, StepConfig, run_step
-from rlhf.data.cleaning.base import Row, added
+from rlhf.data.cleaning.base import Row, added, texts_of
 from rlhf.data.cleaning.duplicates import exact_reasons, near_reasons
 from rlhf.data.cleaning.pii import mask_row
 from rlhf.data.rowfile import RowFile
@@ -23,7 +23,8 @@ from rlhf.data.rowfile import RowFile
 logger = logging.getLogger(__name__)
 
 SplitRow = tuple[str, Row]
-CHUNK = 1000  # rows that a process gets at once; of the step reports too, so part of what is deterministic
+CHUNK = 1000  # rows that a process gets at once, and
+CHUNK_CHARS = 4_000_000  # characters: rows may be long
 FEW_CHUNKS = 8  # so many are done before other processes would have started
 SHOWN_DROPS = 3
 SHOWN_CHARS = 300
@@ -116,13 +117,26 @@ def _row_steps(
 ) -> Iterator[SplitRow]:
     steps = [count.config for count in counts]
     work = [(step, inputs(step)) for step in steps]
-    chunks = iter(lambda: list(islice(rows, CHUNK)), [])
+    chunks = _chunks(rows)
     if any(isinstance(step, SafetyStep) for step in steps):
         workers = 1  # a model is in memory once
     for chunk, found in _in_order(chunks, work, workers):
         for count, part in zip(counts, found, strict=True):
             count.add(part)
         yield from chunk
+
+
+def _chunks(rows: Iterator[SplitRow]) -> Iterator[list[SplitRow]]:
+    chunk: list[SplitRow] = []
+    held = 0
+    for split, row in rows:
+        chunk.append((split, row))
+        held += sum(map(len, texts_of(row)))
+        if len(chunk) == CHUNK or held >= CHUNK_CHARS:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
 
 
 Work = list[tuple[StepConfig, dict[str, Any]]]

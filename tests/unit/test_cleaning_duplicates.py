@@ -102,6 +102,16 @@ def test_across_only_leaves_what_repeats_inside_a_split(config: ExactStep | Near
     assert run_step(config, rows).index == [0, 1, 2, 3, 4, 5]
 
 
+def test_the_size_of_a_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rensa")
+    rows = [{"t": paragraph(random.Random(n % 7), n % 2 == 0)} for n in range(30)] + [{"t": ""}]
+    whole = run_step(NearStep(), rows).index
+    monkeypatch.setattr("rlhf.data.cleaning.duplicates._BATCH_SHINGLES", 500)
+    assert run_step(NearStep(), rows).index == whole
+    monkeypatch.setattr("rlhf.data.cleaning.duplicates._BATCH", 1)
+    assert run_step(NearStep(), rows).index == whole
+
+
 def test_candidates_of_large_buckets_grow_linearly() -> None:
     same = candidate_pairs(np.ones((1000, 2), dtype=np.uint64))
     assert len(same) < 1000 * 18  # all pairs would be 499,500

@@ -126,6 +126,15 @@ def test_the_rows_are_the_same_for_any_number_of_workers(tmp_path: Path, monkeyp
     assert sum(one["splits"].values()) == 300
 
 
+def test_chunks_are_bounded_by_rows_and_by_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cleaner, "CHUNK", 3)
+    monkeypatch.setattr(cleaner, "CHUNK_CHARS", 10)
+    rows = [("train", {"text": "x" * size, "id": 7}) for size in (1, 1, 1, 1, 9, 1, 12, 2, 2)]
+    sizes = [[len(row["text"]) for _, row in chunk] for chunk in cleaner._chunks(iter(rows))]
+    assert sizes == [[1, 1, 1], [1, 9], [1, 12], [2, 2]]
+    assert list(cleaner._chunks(iter([]))) == []
+
+
 def test_the_manifest_says_what_was_dropped_and_hides_personal_data(tmp_path: Path) -> None:
     rows = [{"prompt": "ok", "completion": "a"}, {"prompt": "mail ann@example.org", "completion": "b " * 30}]
     steps = [{"step": "repetition"}, {"step": "pii"}]

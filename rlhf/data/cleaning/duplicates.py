@@ -22,7 +22,8 @@ from rlhf.data.cleaning.base import Row, StepConfig, StepResult, joined, optiona
 _NOT_WORD = re.compile(r"[\W_]+")
 _ASCII_NOT_WORD = {code: " " for code in range(128) if _NOT_WORD.match(chr(code))}  # ten times as fast
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-_BATCH = 2000  # rows whose shingles are in memory at once
+_BATCH = 2000  # rows, and
+_BATCH_SHINGLES = 1_000_000  # shingles, about 100 bytes each, in memory at once
 _FULL_GROUP = 16  # rows in one bucket that are all compared with each other; of more, each with the first ones
 PRIORITY = ["test", "validation", "train"]
 
@@ -133,7 +134,7 @@ class _Texts:
 
     def __init__(self, rows: Sequence[Row], config: NearStep) -> None:
         self.rows, self.config = rows, config
-        self._row = lru_cache(maxsize=64)(self._uncached_row)  # candidates come in groups
+        self._row = lru_cache(maxsize=_FULL_GROUP + 2)(self._uncached_row)  # candidates come in groups
 
     def shingles(self, number: int) -> set[str]:
         """Of the whole row; none where it has no text."""
@@ -188,8 +189,8 @@ def band_hashes(shingles: Iterator[set[str]], count: int, config: NearStep) -> N
     minhash = optional_module("rensa", "rensa", "near_duplicates").RMinHash
     out = np.zeros((count, config.bands), dtype=np.uint64)
     size = config.bands * config.rows_per_band
-    for start in range(0, count, _BATCH):
-        batch = [list(next(shingles)) for _ in range(min(_BATCH, count - start))]
+    start = 0
+    for batch in _batches(shingles):
         signatures = minhash.digest_matrix_from_token_sets(batch, size, config.seed).to_rows()
         bands = np.array(signatures, dtype=np.uint64).reshape(len(batch), config.bands, config.rows_per_band)
         folded = np.zeros(bands.shape[:2], dtype=np.uint64)
@@ -197,7 +198,21 @@ def band_hashes(shingles: Iterator[set[str]], count: int, config: NearStep) -> N
             folded = (folded ^ bands[:, :, row]) * np.uint64(0x100000001B3) + np.uint64(0x9E3779B97F4A7C15)
         folded[[number for number, tokens in enumerate(batch) if not tokens]] = 0
         out[start : start + len(batch)] = folded
+        start += len(batch)
     return out
+
+
+def _batches(shingles: Iterator[set[str]]) -> Iterator[list[list[str]]]:
+    batch: list[list[str]] = []
+    held = 0
+    for row in shingles:
+        batch.append(list(row))
+        held += len(row)
+        if len(batch) == _BATCH or held >= _BATCH_SHINGLES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def candidate_pairs(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
