@@ -37,7 +37,7 @@ UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 help: ## list the targets
 	@echo 'make sft reward ppo    runs the default recipe end to end. Variables:'
 	@echo '  RECIPE=tiny|path.yaml  RUN=name  ARTIFACTS=dir  SET="ppo.kl_coef=0.1 ..."  FORCE=1  DRY_RUN=1'
-	@echo '  LAUNCH="accelerate launch --num_processes 8"  CONSTRAINTS=file  EXTRAS=tiny,dev  PIP_ARGS=...  PYTHON=python3'
+	@echo '  LAUNCH="accelerate launch --num_processes 8"  CONSTRAINTS=file  EXTRAS=tiny,dev,data  PIP_ARGS=...  PYTHON=python3'
 	@echo
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  %-12s %s\n", $$1, $$2}'
 

@@ -9,6 +9,7 @@ import multiprocessing
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from rlhf.data.cleaning.base import Row, added, texts_of
 from rlhf.data.cleaning.duplicates import exact_reasons, near_reasons
 from rlhf.data.cleaning.pii import mask_row
 from rlhf.data.rowfile import RowFile
+from rlhf.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -163,12 +165,17 @@ def _in_order(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (work,)) as pool:
         waiting = deque(pool.submit(_work_on, chunk) for chunk in first)
-        for chunk in chunks:
-            while len(waiting) > max(FEW_CHUNKS, 2 * workers):
+        try:
+            for chunk in chunks:
+                while len(waiting) > max(FEW_CHUNKS, 2 * workers):
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(_work_on, chunk))
+            while waiting:
                 yield waiting.popleft().result()
-            waiting.append(pool.submit(_work_on, chunk))
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a cleaning process was killed, probably for its memory; use fewer (--workers 1)"
+            ) from error
 
 
 def _clean_chunk(chunk: list[SplitRow], work: Work) -> tuple[list[SplitRow], list[StepCount]]:
