@@ -14,9 +14,10 @@ SET ?=
 FORCE ?=
 DRY_RUN ?=
 LAUNCH ?=
+TOKENIZER ?=
 PYTHON ?= python3
 CONSTRAINTS ?= $(or $(SETUP_CONSTRAINTS),constraints.txt)
-DEFAULT_EXTRAS := tiny,dev
+DEFAULT_EXTRAS := tiny,dev,data
 EXTRAS ?= $(or $(SETUP_EXTRAS),$(DEFAULT_EXTRAS))
 PIP_ARGS ?= $(SETUP_PIP_ARGS)
 
@@ -31,12 +32,12 @@ COMMON = --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(RUN),--run "$(RU
 STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 
-.PHONY: help setup pretrain sft reward ppo evaluate status notebook test test-slow test-gpu optimum mutation audit check format bench-env bench clean
+.PHONY: help setup data pretrain sft reward ppo evaluate status notebook test test-slow test-gpu optimum mutation audit check format bench-env bench clean
 
 help: ## list the targets
 	@echo 'make sft reward ppo    runs the default recipe end to end. Variables:'
 	@echo '  RECIPE=tiny|path.yaml  RUN=name  ARTIFACTS=dir  SET="ppo.kl_coef=0.1 ..."  FORCE=1  DRY_RUN=1'
-	@echo '  LAUNCH="accelerate launch --num_processes 8"  CONSTRAINTS=file  EXTRAS=tiny,dev  PIP_ARGS=...  PYTHON=python3'
+	@echo '  LAUNCH="accelerate launch --num_processes 8"  CONSTRAINTS=file  EXTRAS=tiny,dev,data  PIP_ARGS=...  PYTHON=python3'
 	@echo
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  %-12s %s\n", $$1, $$2}'
 
@@ -58,6 +59,9 @@ setup: $(STAMP) ## prepare .venv: pinned by CONSTRAINTS, which GPU users may rep
 
 pretrain: $(STAMP) ## make the base model, where the recipe asks for it
 	@$(call STAGE,pretrain)
+
+data: $(STAMP) ## clean one data recipe (RECIPE=hh_rlhf or a path) into ARTIFACTS/data/NAME, with manifest, card and bad rows
+	@$(PY) -m pipelines.data --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(FORCE),--force) $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
 sft: $(STAMP) ## supervised fine-tuning (pretrain first, where the recipe asks for it)
 	@$(call UNFORCED,pretrain)

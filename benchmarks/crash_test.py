@@ -126,7 +126,7 @@ def write_inputs(directory: Path) -> Path:
         split = {"by": "row", "rows": {"train": 60, "validation": 20, "test": 20}}
         if form == "text":
             split["rows"] = {"train": 280, "validation": 10, "test": 10}
-        data = {"name": form, "source": {"files": str(file)}, "format": form, "split": split}
+        data = {"name": form, "source": {"files": str(file)}, "format": form, "split": split, "clean": []}
         (directory / f"{form}.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
     named = {"pretrain": ["text"], "sft": "prompt_completion", "reward": "preference", "ppo": "prompts"}
     recipe = json.loads(json.dumps(RECIPE))

@@ -160,6 +160,7 @@ def write_prompts(root: Path, shape: Shape, count: int, seed: int) -> Path:
         "name": "prompts",
         "source": {"files": str(root / "prompts.jsonl")},
         "format": "prompts",
+        "clean": [],
         "split": {"rows": {"train": count}},
     }
     path = root / "prompts.yaml"

@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 # What a later stage consumes. Logs, samples and cards hold times and text for people: redoing a stage with the same
 # outcome must not make the stages after it stale.
-PAYLOAD = ("model/", "critic/", "adapter/", "critic_adapter/")
+PAYLOAD = ("model/", "critic/", "adapter/", "critic_adapter/", "rows/")
 # What only a running stage needs: neither hashed nor published.
 FINGERPRINT = "fingerprint.json"
 CHECKPOINTS = "checkpoints"

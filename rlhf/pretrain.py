@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from rlhf.cards import write_card
-from rlhf.data import load_data_recipe, load_rows
 from rlhf.errors import UserError
 from rlhf.logs import check_trackers
 from rlhf.models import (
@@ -122,7 +121,7 @@ def check(ctx: StageContext) -> None:
 def build(ctx: StageContext) -> dict[str, Any]:
     """Train and write model/; see `Stage.build`."""
     section = ctx.recipe.pretrain
-    texts = [row["text"] for name in section.data for row in load_rows(load_data_recipe(name), section.split, "text")]
+    texts = [row["text"] for name in section.data for row in ctx.rows(name, section.split, "text")]
     numpy.random.default_rng(ctx.seed).shuffle(texts)
     if section.architecture:
         tokenizer = train_tokenizer(texts, section.architecture.vocab_size)  # deterministic: the same on every rank

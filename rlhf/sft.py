@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.cards import write_card
-from rlhf.data import Renderer, load_data_recipe, load_rows
+from rlhf.data import Renderer
 from rlhf.errors import UserError
 from rlhf.logs import check_trackers
 from rlhf.models import (
@@ -30,7 +30,7 @@ from rlhf.models import (
 from rlhf.recipe import Recipe
 from rlhf.sampling import Samples, fitting_rows, sample_responses
 from rlhf.stage import Stage, StageContext
-from rlhf.trainers import ExactResume, check_trainer_args, run_trainer, save_trained, trainer_args
+from rlhf.trainers import ExactResume, check_trainer_args, in_curriculum_order, run_trainer, save_trained, trainer_args
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +92,17 @@ def build(ctx: StageContext) -> dict[str, Any]:
     recipe, section = ctx.recipe, ctx.recipe.sft
     model, tokenizer = load_base(ctx)
     renderer = Renderer(tokenizer, recipe.model.chat)
-    data = load_data_recipe(section.data)
-    train_rows = load_rows(data, section.split, "sft", limit=section.limit, seed=ctx.seed)
+    train_rows = ctx.rows(section.data, section.split, "sft", limit=section.limit, seed=ctx.seed)
     train = rendered_rows(train_rows, renderer, section.max_length, "sft")
     held_out = None
     if section.eval_split:
-        held_out = rendered_rows(load_rows(data, section.eval_split, "sft"), renderer, section.max_length, "sft eval")
+        held_out = rendered_rows(
+            ctx.rows(section.data, section.eval_split, "sft"), renderer, section.max_length, "sft eval"
+        )
     peft = lora_config(recipe.peft, "CAUSAL_LM") if recipe.uses_peft("sft") else None
     base = load_base(ctx)[0] if peft else model  # PEFT changes the model it is given
-    args = trainer_args(SFTConfig, section.trainer, ctx, max_length=section.max_length, completion_only_loss=True)
+    values = in_curriculum_order(section.data, section.trainer)
+    args = trainer_args(SFTConfig, values, ctx, max_length=section.max_length, completion_only_loss=True)
     trainer = ExactSFTTrainer(
         model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, peft_config=peft
     )
@@ -139,7 +141,7 @@ def measure_eos(ctx: StageContext, renderer: Renderer) -> dict[str, float]:
     section = ctx.recipe.sft
     if not section.eval_split or not section.eos_prompts:
         return {}
-    rows = load_rows(load_data_recipe(section.data), section.eval_split, "sft")
+    rows = ctx.rows(section.data, section.eval_split, "sft")
     rows = fitting_rows(rows, renderer, ctx.recipe.ppo.max_prompt_length if ctx.recipe.ppo else None)
     prompts = [row["prompt"] for row in rows[: section.eos_prompts]]
     samples = sample_published(ctx, renderer, prompts, ctx.dir / "model", ctx.seed)

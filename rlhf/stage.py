@@ -37,7 +37,7 @@ from rlhf.artifacts import (
     sha256_json,
     write_json,
 )
-from rlhf.data import data_fingerprint, load_data_recipe
+from rlhf.data import data_fingerprint, lineage, load_data_recipe, load_rows, prepared
 from rlhf.errors import UserError
 from rlhf.locks import locked
 from rlhf.recipe import Recipe
@@ -119,6 +119,10 @@ class StageContext:
     def seed(self) -> int:
         """Seed of this stage."""
         return self.recipe.stage_seed(self.stage.name)
+
+    def rows(self, data: str, split: str, kind: str, limit: int | None = None, seed: int | None = None) -> list[dict]:
+        """Rows of a data recipe; cleaned ones come from the set below the artifact directory (`load_rows`)."""
+        return load_rows(load_data_recipe(data), split, kind, limit, seed, self.root)
 
     def resolve(self, reference: str) -> Path:
         """Path of an input: a stage of this run by name, or any path."""
@@ -344,6 +348,8 @@ def _build(ctx: StageContext, action: str) -> Artifact:
     with nothing_half_written(ctx, state.is_main_process):
         if state.is_main_process:
             _prepare_dir(ctx, action)
+            for name in sorted(set(ctx.stage.data(ctx.recipe))):
+                prepared(load_data_recipe(name), ctx.root)
         state.wait_for_everyone()
         set_seed(ctx.seed)  # some libraries draw initial weights before they seed anything
         result = ctx.stage.build(ctx)
@@ -425,6 +431,7 @@ def _manifest(ctx: StageContext, result: dict[str, Any], seconds: float) -> dict
         "recipe_hash": sha256_json(recipe),
         "fingerprint": ctx.fingerprint,
         "inputs": {name: artifact.hash for name, artifact in ctx.inputs.items()},
+        "data": {name: lineage(load_data_recipe(name)) for name in sorted(set(ctx.stage.data(ctx.recipe)))},
         "seed": ctx.seed,
         "git_commit": git_commit(),
         "packages": package_versions(),

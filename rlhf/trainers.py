@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from rlhf.artifacts import write_json
 from rlhf.checkpoints import check_environment, environment, newest_whole, seal
+from rlhf.data import load_data_recipe, ordered_by_difficulty
 from rlhf.errors import UserError
 from rlhf.interrupt import Interrupted, finish_step_first, requested
 from rlhf.logs import trainer_callback
@@ -78,6 +79,13 @@ def check_trainer_args(config_cls: type, values: dict[str, Any], where: str) -> 
         except ValidationError as error:
             want = error.errors()[0]["msg"]
             raise UserError(f"{where}.{key}: {value!r} has the wrong type: {want}") from None
+
+
+def in_curriculum_order(data: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The pass-through section, with shuffling off where the data recipe puts its rows in a curriculum's order."""
+    if ordered_by_difficulty(load_data_recipe(data)):
+        return {"train_sampling_strategy": "sequential"} | values
+    return values
 
 
 def trainer_args(config_cls: type, values: dict[str, Any], ctx: StageContext, **fixed: Any) -> TrainingArguments:

@@ -163,7 +163,7 @@ def write_data_recipe(directory: Path, kind: str = "prompts", rows: int = 24, **
     made = [{"prompt": f"the film {i}"} | {name: f" {name} {i}" for name in columns} for i in range(rows)]
     file = write_rows(directory / f"{kind}.jsonl", made)
     split = {"by": "row", "rows": {"train": rows // 2, "validation": rows // 4, "test": rows // 4}}
-    recipe = {"name": kind, "source": {"files": str(file)}, "format": form, "split": split} | changes
+    recipe = {"name": kind, "source": {"files": str(file)}, "format": form, "split": split, "clean": []} | changes
     path = directory / f"{kind}.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path

@@ -7,14 +7,18 @@ Canonical rows, by kind:
     text        {"text": str}
     rated       {"text": str, "label": 0 or 1}
     sft         {"prompt": Prompt, "completion": str}
+    thumbs      {"prompt": Prompt, "completion": str, "label": bool}
+    scored      {"prompt": Prompt, "responses": [str], "scores": [float]}, at least two
     preference  {"prompt": Prompt, "chosen": str, "rejected": str}
     prompts     {"prompt": Prompt, ...}: the other columns of the source are kept, for reward functions
+thumbs and scored are native only: stages ask for the others.
 A Prompt is a str (plain text) or a list of {"role", "content"} messages with the roles system, user, assistant, tool.
 Completion, chosen and rejected are always the last assistant turn alone.
 """
 
 import hashlib
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -48,6 +52,7 @@ class FormatOptions:
     prompt_style: str = "plain"
     prompt_template: str | None = None
     system: str | None = None
+    score: str = "overall_score"
     prompt_words: int = 4
     pairs_per_row: int = 1
 
@@ -107,7 +112,7 @@ def _string(row: Row, column: str) -> str:
 def _content(value: Any, column: str) -> str:
     """A message's content: text, or the text parts of OpenAI's list form."""
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        value = "".join(part.get("text") or "" for part in value)
+        value = "".join(str(part.get("text") or "") for part in value)
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -136,6 +141,11 @@ def _message(item: Any, column: str, role_key: str, content_key: str) -> Message
     if role is None:
         raise UserError(f"column {column!r} has the role {item[role_key]!r}; known: {', '.join(_ROLES)}")
     return {"role": role, "content": _content(item[content_key], column)}
+
+
+def _system(row: Row, options: FormatOptions) -> str | None:
+    """The row's own system message, or the recipe's."""
+    return _content(row.get("system"), "system") or options.system
 
 
 def _with_system(messages: list[Message], system: str | None) -> list[Message]:
@@ -239,10 +249,12 @@ def _alpaca(row: Row, options: FormatOptions) -> Row:
     instruction = _string(row, "instruction")
     extra = row.get("input")
     text = f"{instruction}\n\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
-    history, system = row.get("history") or [], row.get("system") or options.system
+    history, system = row.get("history") or [], _system(row, options)
     if not history and not system:
         return {"prompt": _prompt(text, options), "completion": _string(row, "output")}
     messages = []
+    if not isinstance(history, list):
+        raise UserError(f"column 'history' holds {_shown(history)}; must be a list of [question, answer]")
     for turn in history:
         if not isinstance(turn, list) or len(turn) != 2:
             raise UserError(f"column 'history' holds the turn {_shown(turn)}; must be [question, answer]")
@@ -258,7 +270,7 @@ def _openai_messages(row: Row, options: FormatOptions) -> Row:
 
 def _sharegpt(row: Row, options: FormatOptions) -> Row:
     messages = _messages(row, "conversations", "from", "value")
-    return _answered(messages, row.get("system") or options.system)
+    return _answered(messages, _system(row, options))
 
 
 def _preference(row: Row, options: FormatOptions) -> Row:
@@ -284,7 +296,7 @@ def _sharegpt_preference(row: Row, options: FormatOptions) -> Row:
             answers.append(_message(row[column], column, "from", "value")["content"])
         else:
             answers.append(_string(row, column))
-    return _pair(_with_system(before, row.get("system") or options.system), *answers)
+    return _pair(_with_system(before, _system(row, options)), *answers)
 
 
 def _hh(row: Row, options: FormatOptions) -> Row:
@@ -296,6 +308,50 @@ def _prompts(row: Row, options: FormatOptions) -> Row:
     if isinstance(row.get("prompt"), list):
         return {"prompt": _with_system(_messages(row, "prompt"), options.system)}
     return {"prompt": _prompt(_string(row, "prompt"), options)}
+
+
+def _thumbs(row: Row, options: FormatOptions) -> Row:
+    """A thumb up or down for one answer. A row without completion cannot be judged."""
+    label = {"0": False, "1": True, "false": False, "true": True}.get(str(row.get("label")).lower())
+    if label is None:
+        raise UserError(f"column 'label' holds {_shown(row.get('label'))}; must be true (good) or false (bad)")
+    native = _prompt_completion(row, options)
+    if native["completion"] is None:
+        raise DropRow("empty completion")
+    return native | {"label": label}
+
+
+def _scored(row: Row, options: FormatOptions) -> Row:
+    """Several answers to one prompt with a score each; answers without text or score are left out."""
+    responses, scores = row.get("responses"), row.get("scores")
+    if not isinstance(responses, list):
+        raise UserError(f"column 'responses' holds {_shown(responses)}, not a list; check format and mapping")
+    if scores is None:
+        scores = [item.get(options.score) if isinstance(item, dict) else None for item in responses]
+    if not isinstance(scores, list) or len(scores) != len(responses):
+        raise UserError(
+            f"column 'scores' holds {_shown(scores)}; must be one number for each of {len(responses)} responses"
+        )
+    texts = [_content(item.get("response") if isinstance(item, dict) else item, "responses") for item in responses]
+    pairs = [
+        (text, _score(score)) for text, score in zip(texts, scores, strict=True) if text.strip() and score is not None
+    ]
+    if len(pairs) < 2:
+        raise DropRow("fewer than two scored responses")
+    prompt = (
+        _messages(row, "prompt") if isinstance(row.get("prompt"), list) else _prompt(_string(row, "prompt"), options)
+    )
+    return {"prompt": prompt, "responses": [text for text, _ in pairs], "scores": [score for _, score in pairs]}
+
+
+def _score(value: Any) -> float:
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if isinstance(value, bool) or not math.isfinite(score):
+        raise UserError(f"column 'scores' holds {_shown(value)}, not a finite number")
+    return score
 
 
 def _turns(row: Row, options: FormatOptions) -> Row:
@@ -331,6 +387,10 @@ FORMATS: dict[str, Format] = {
     ),
     # Anthropic HH: two whole dialogues as strings.
     "hh": Format("preference", ("chosen", "rejected"), _hh, _PAIR),
+    # KTO: one answer with a thumb, `label` true (good) or false (bad).
+    "kto": Format("thumbs", ("prompt", "completion", "label"), _thumbs, _SFT),
+    # UltraFeedback: several answers with a score each: lists `responses` and `scores`, or objects with both.
+    "scored": Format("scored", ("prompt", "responses"), _scored, ("responses",), ("scores",)),
     # Prompts alone: strings or messages.
     "prompts": Format("prompts", ("prompt",), _prompts, ("prompt",)),
     # MT-Bench, Arena-Hard: the user's turns, as strings or {"content"}.
@@ -438,6 +498,57 @@ def _rated_pairs(rows: list[Row], options: FormatOptions, seed: int, dropped: Co
     return pairs
 
 
+def _liked(rows: list[Row], options: FormatOptions, seed: int, dropped: Counter[str]) -> list[Row]:
+    kept = [row for row in rows if row["label"]]
+    dropped["thumb down"] += len(rows) - len(kept)
+    return kept
+
+
+def _thumb_pairs(rows: list[Row], options: FormatOptions, seed: int, dropped: Counter[str]) -> list[Row]:
+    """The good and the bad answers to one prompt, one to one in a seeded order; what finds no partner is dropped."""
+    groups: dict[str, tuple[list[Row], list[Row]]] = {}
+    for row in sorted(rows, key=lambda row: order_key(row, seed)):
+        key = json.dumps(row["prompt"], sort_keys=True)
+        groups.setdefault(key, ([], []))[0 if row["label"] else 1].append(row)
+    pairs = []
+    for liked, disliked in groups.values():
+        dropped["thumb without a partner"] += abs(len(liked) - len(disliked))
+        for up, down in zip(liked, disliked, strict=False):
+            if up["completion"] == down["completion"]:
+                dropped["chosen equals rejected"] += 1
+                continue
+            pairs.append({"prompt": up["prompt"], "chosen": up["completion"], "rejected": down["completion"]})
+    return pairs
+
+
+def _best(row: Row) -> int:
+    """Index of the highest score, the first of equals."""
+    return row["scores"].index(max(row["scores"]))
+
+
+def _best_response(rows: list[Row], options: FormatOptions, seed: int, dropped: Counter[str]) -> list[Row]:
+    return [{"prompt": row["prompt"], "completion": row["responses"][_best(row)]} for row in rows]
+
+
+def _scored_pairs(rows: list[Row], options: FormatOptions, seed: int, dropped: Counter[str]) -> list[Row]:
+    """The best answer against one of the lower-scored, drawn by the seed, as Zephyr did (Tunstall et al. 2023)."""
+    pairs = []
+    for row in rows:
+        best = _best(row)
+        chosen = row["responses"][best]
+        lower = [
+            text
+            for text, score in zip(row["responses"], row["scores"], strict=True)
+            if score < row["scores"][best] and text != chosen
+        ]
+        if not lower:
+            dropped["all responses score alike"] += 1
+            continue
+        rejected = lower[int(order_key(row, seed)[:8], 16) % len(lower)]
+        pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
 Derivation = Callable[[list[Row], FormatOptions, int, "Counter[str]"], list[Row]]
 DERIVE: dict[tuple[str, str], Derivation] = {
     ("text", "text"): _same,
@@ -452,6 +563,86 @@ DERIVE: dict[tuple[str, str], Derivation] = {
     ("preference", "sft"): _chosen_as_completion,
     ("preference", "prompts"): _same,
     ("prompts", "prompts"): _same,
+    ("thumbs", "sft"): _liked,
+    ("thumbs", "preference"): _thumb_pairs,
+    ("thumbs", "prompts"): _same,
+    ("scored", "sft"): _best_response,
+    ("scored", "preference"): _scored_pairs,
+    ("scored", "prompts"): _same,
+}
+# Derivations that need all rows at once; the others take them one by one.
+POOLED = {("rated", "preference"), ("thumbs", "preference")}
+WITH_PROMPT = ("sft", "preference", "prompts", "thumbs", "scored")  # native kinds whose rows have a prompt
+
+
+def check_derivation(native: str, kind: str) -> None:
+    """Checks that rows of a native kind can give rows of `kind`.
+
+    Raises:
+        UserError: they cannot; says what they can give.
+    """
+    if (native, kind) not in DERIVE:
+        possible = [to for start, to in DERIVE if start == native]
+        raise UserError(f"kind {kind!r} cannot be made of {native} rows; possible: {', '.join(possible)}")
+
+
+def detect_format(rows: list[Row]) -> tuple[str, str]:
+    """Names the format of rows by their columns, and where columns do not decide, by what they hold.
+
+    Args:
+        rows: the first rows of a source.
+
+    Returns:
+        (format name, the reason in words).
+
+    Raises:
+        UserError: no format fits.
+    """
+    columns = {column for row in rows for column in row}
+    for name, needed in _SIGNS:
+        if columns.issuperset(needed) and _CONFIRM.get(name, lambda rows: True)(rows):
+            return name, f"the rows have {' and '.join(repr(column) for column in needed)}" + _CONFIRMED.get(name, "")
+    present = ", ".join(sorted(columns)) or "none"
+    raise UserError(
+        f"format: cannot be told from the columns ({present}); name it ({', '.join(FORMATS)}), "
+        "and with `mapping` the columns that are called differently"
+    )
+
+
+def _all(column: str, test: Callable[[Any], bool]) -> Callable[[list[Row]], bool]:
+    """A check of a column in all rows that have it."""
+    return lambda rows: all(test(row[column]) for row in rows if row.get(column) is not None)
+
+
+def _is_dialogue(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
+# Most telling columns first: a preference set may have `messages`, a rated one `text`.
+_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("sharegpt_preference", ("conversations", "chosen", "rejected")),
+    ("hh", ("chosen", "rejected")),
+    ("preference", ("chosen", "rejected")),
+    ("scored", ("prompt", "responses")),
+    ("kto", ("prompt", "completion", "label")),
+    ("messages", ("messages",)),
+    ("sharegpt", ("conversations",)),
+    ("alpaca", ("instruction", "output")),
+    ("prompt_completion", ("prompt", "completion")),
+    ("turns", ("turns",)),
+    ("rated_text", ("text", "label")),
+    ("text", ("text",)),
+    ("prompts", ("prompt",)),
+)
+_CONFIRM: dict[str, Callable[[list[Row]], bool]] = {
+    "hh": _all("chosen", _is_dialogue),
+    "rated_text": _all("label", lambda label: str(label).lower() in ("0", "1", "true", "false")),
+    "kto": _all("label", lambda label: str(label).lower() in ("0", "1", "true", "false")),
+}
+_CONFIRMED = {
+    "hh": ", and 'chosen' holds dialogues that begin with 'Human:'",
+    "rated_text": ", and 'label' is 0 or 1",
+    "kto": ", and 'label' is true or false",
 }
 
 
@@ -463,9 +654,7 @@ def derive_rows(
     Raises:
         UserError: an unknown kind, or one that rows of this native kind cannot give.
     """
-    if (native, kind) not in DERIVE:
-        possible = [to for start, to in DERIVE if start == native]
-        raise UserError(f"kind {kind!r} cannot be made of {native} rows; possible: {', '.join(possible)}")
+    check_derivation(native, kind)
     rows = DERIVE[native, kind](rows, options, seed, dropped)
     columns = KIND_COLUMNS[kind]
     return rows if columns is None else [{column: row[column] for column in columns} for row in rows]

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from rlhf.data.cleaning import CleaningStep, ContaminationStep, PerplexityStep, SafetyStep, SemanticStep, StepConfig
 from rlhf.data.filters import FILTERS
 from rlhf.data.formats import FORMATS
 from rlhf.errors import UserError
@@ -23,6 +24,8 @@ FormatName = Literal[
     "preference",
     "sharegpt_preference",
     "hh",
+    "kto",
+    "scored",
     "prompts",
     "turns",
 ]
@@ -56,7 +59,8 @@ class FilesSource(_Strict):
     """Local JSON, JSONL, CSV or Parquet files, each optionally gzipped."""
 
     files: str | list[str] = Field(
-        min_length=1, description="Path or glob, or a list of them; relative to where you run."
+        min_length=1,
+        description="Path or glob, or a list of them; relative to where you run. ${NAME} is an environment variable.",
     )
 
 
@@ -145,12 +149,39 @@ class SplitSpec(_Strict):
         return self.fractions or {"train": 0.9, "validation": 0.05, "test": 0.05}
 
 
+class DefaultSteps(_Strict):
+    """The default cleaning steps, in the place where they stand in the list; docs/cleaning.md has them."""
+
+    step: Literal["default"] = "default"
+
+
+CleanItem = Annotated[CleaningStep | DefaultSteps, Field(discriminator="step")]
+
+
+class MixtureItem(_Strict):
+    """One part of a mixture."""
+
+    recipe: str = Field(min_length=1, description="Data recipe of the part, by name or path; it has a source.")
+    fraction: float = Field(gt=0, le=1, description="Share of the mixture's rows.")
+
+
 class DataRecipe(_Strict):
     """Everything that turns a source into the rows of a stage."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="Name of the recipe: letters, digits, `_`, `-` and `.`.")
-    source: Source = Field(description="Exactly one of: {package, module, file}, {hub, revision}, {files}, {function}.")
-    format: FormatName = Field(description="What a source row looks like; rlhf/data/formats.py describes each.")
+    source: Source | None = Field(
+        default=None,
+        description="Exactly one of: {package, module, file}, {hub, revision}, {files}, {function}; or see `mixture`.",
+    )
+    mixture: list[MixtureItem] | None = Field(
+        default=None,
+        min_length=1,
+        description="Instead of a source: other data recipes and their fractions, sum 1. As large as the parts allow.",
+    )
+    format: FormatName | None = Field(
+        default=None,
+        description="What a source row looks like; rlhf/data/formats.py describes each. null = by the columns.",
+    )
     mapping: dict[str, str] = Field(
         default_factory=dict, description="Format column -> source column, where they differ."
     )
@@ -162,7 +193,23 @@ class DataRecipe(_Strict):
         description="One-key filters such as {min_words: 8}; a row must pass all, on all its responses.",
     )
     normalize: NormalizeSpec = Field(default=NormalizeSpec(), description="Text clean-up before the filters.")
+    clean: list[CleanItem] = Field(
+        default=[DefaultSteps(step="default")],
+        description="Cleaning steps, in their order: {step: pii} and others, see docs/cleaning.md; [] = none.",
+    )
+    synthetic: bool | None = Field(
+        default=None, description="Whether a model wrote the answers (of prompts: the prompts); null = not known."
+    )
+    max_synthetic: float | None = Field(
+        default=None, ge=0, le=1, description="mixture: largest share of rows of parts that are `synthetic`."
+    )
     split: SplitSpec = Field(default=SplitSpec(), description="How rows are divided.")
+    max_bad_rows: float = Field(
+        default=0.01, ge=0, le=1, description="Share of rows that may be unreadable or of wrong types before all stops."
+    )
+    score: str = Field(
+        default="overall_score", min_length=1, description="scored: key of the score, where responses are objects."
+    )
     prompt_words: int = Field(default=4, ge=1, description="rated_text: how many opening words form the prompt.")
     pairs_per_row: int = Field(
         default=1, ge=1, description="rated_text: how many negatives each positive row is paired with."
@@ -198,6 +245,16 @@ class DataRecipe(_Strict):
                 _check_regex(name, str(value))
         return filters
 
+    @field_validator("clean")
+    @classmethod
+    def _check_steps(cls, steps: list[StepConfig]) -> list[StepConfig]:
+        for step in steps:
+            if isinstance(step, ContaminationStep) and not step.sets:
+                raise ValueError("contamination: sets is empty; name the data recipes of the evaluation sets")
+            if isinstance(step, PerplexityStep | SafetyStep | SemanticStep) and step.model is None:
+                raise ValueError(f"{step.step}: no model; give the folder or the Hub id of one")
+        return steps
+
     @field_validator("prompt_template")
     @classmethod
     def _check_template(cls, template: str | None) -> str | None:
@@ -207,6 +264,9 @@ class DataRecipe(_Strict):
 
     @model_validator(mode="after")
     def _check_together(self) -> "DataRecipe":
+        self._check_origin()
+        if self.format is None:
+            return self  # checked once it is known
         form = FORMATS[self.format]
         for column in self.mapping:
             if column not in form.columns:
@@ -221,6 +281,20 @@ class DataRecipe(_Strict):
         if self.system is not None and self.prompt_template is not None:
             raise ValueError("system and prompt_template exclude each other: chat or plain text; remove one of them")
         return self
+
+    def _check_origin(self) -> None:
+        if (self.source is None) == (self.mixture is None):
+            raise ValueError("give exactly one of source and mixture")
+        if self.mixture is None:
+            if self.max_synthetic is not None:
+                raise ValueError("max_synthetic has a meaning for a mixture alone; remove it")
+            return
+        total = sum(item.fraction for item in self.mixture)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"mixture: the fractions sum to {total:g}; make the sum 1")
+        own = sorted(self.model_fields_set - {"name", "mixture", "max_synthetic", "split", "licence", "homepage"})
+        if own:
+            raise ValueError(f"{own[0]} has no meaning beside mixture: the parts' own recipes say it; remove it")
 
 
 def _check_regex(name: str, pattern: str) -> None:

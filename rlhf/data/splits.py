@@ -3,6 +3,8 @@
 import hashlib
 import json
 import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf.data.recipe import SplitSpec
@@ -32,17 +34,30 @@ def assign_splits(keys: list[str], spec: SplitSpec) -> list[str | None]:
     Raises:
         UserError: fewer rows than the counts ask for.
     """
-    sizes: dict[str, int] = {}
-    for key in keys:
-        sizes[key] = sizes.get(key, 0) + 1
+    sizes = Counter(keys)
+    side = split_sides(spec, sizes)
+    return [side(key) for key in keys]
+
+
+def needs_sizes(spec: SplitSpec) -> bool:
+    """Whether a row's split depends on the other rows, so that all group keys have to be known first."""
+    return spec.rows is not None or spec.max_rows is not None
+
+
+def split_sides(spec: SplitSpec, sizes: Mapping[str, int]) -> Callable[[str], str | None]:
+    """The function from group key to split name; `assign_splits` says how it decides.
+
+    Args:
+        spec: fractions or counts, and the seed.
+        sizes: rows per group key; read only where `needs_sizes`.
+    """
+    if not needs_sizes(spec):
+        return lambda key: _by_fraction(key, spec)
     if spec.max_rows is not None:
         sizes = _first_groups(sizes, spec.seed, spec.max_rows)
-    side: dict[str, str | None]
     if spec.rows is not None:
-        side = _fill_counts(sizes, spec.rows, spec.seed)
-    else:
-        side = {key: _by_fraction(key, spec) for key in sizes}
-    return [side.get(key) for key in keys]
+        return _fill_counts(sizes, spec.rows, spec.seed).get
+    return {key: _by_fraction(key, spec) for key in sizes}.get
 
 
 def _unit(purpose: str, seed: int, key: str) -> float:
@@ -61,7 +76,7 @@ def _by_fraction(key: str, spec: SplitSpec) -> str | None:
     return name if upper > 1 - 1e-9 else None
 
 
-def _first_groups(sizes: dict[str, int], seed: int, max_rows: int) -> dict[str, int]:
+def _first_groups(sizes: Mapping[str, int], seed: int, max_rows: int) -> dict[str, int]:
     kept: dict[str, int] = {}
     total = 0
     for key in sorted(sizes, key=lambda key: (_unit("max_rows", seed, key), key)):
@@ -71,7 +86,7 @@ def _first_groups(sizes: dict[str, int], seed: int, max_rows: int) -> dict[str, 
     return kept
 
 
-def _fill_counts(sizes: dict[str, int], counts: dict[str, int], seed: int) -> dict[str, str | None]:
+def _fill_counts(sizes: Mapping[str, int], counts: dict[str, int], seed: int) -> dict[str, str | None]:
     room = dict(counts)
     side: dict[str, str | None] = {}
     for key in sorted(sizes, key=lambda key: (_unit("rows", seed, key), key)):

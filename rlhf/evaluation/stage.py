@@ -44,12 +44,12 @@ def build(ctx: StageContext) -> dict[str, Any]:
     set_seed(ctx.seed)
     tokenizer = load_tokenizer(ctx.inputs["sft"].model_dir)
     renderer = Renderer(tokenizer, ctx.recipe.model.chat)
-    data = load_data_recipe(section.data or ctx.recipe.ppo.data)
-    rows = fitting_rows(load_rows(data, section.split, "prompts"), renderer, ctx.recipe.ppo.max_prompt_length)
+    rows = ctx.rows(section.data or ctx.recipe.ppo.data, section.split, "prompts")
+    rows = fitting_rows(rows, renderer, ctx.recipe.ppo.max_prompt_length)
     rows = rows[: section.prompts]
     samples = sample_policies(ctx, renderer, [row["prompt"] for row in rows])
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-    judges = {judge.name: load_judge(judge) for judge in section.judges}
+    judges = {judge.name: load_judge(judge, ctx.root) for judge in section.judges}
     policies = [judged(ctx, name, *samples[name], tokenizer.pad_token_id, columns, judges) for name in POLICIES]
     result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed)
     history = ctx.inputs["ppo"].metrics()
@@ -114,13 +114,13 @@ def judged(
     return PolicySamples(name, samples.prompts, samples.responses, samples.lengths, samples.has_eos, kl, scores)
 
 
-def load_judge(judge: JudgeSource) -> TextFunction:
+def load_judge(judge: JudgeSource, root: Path | None = None) -> TextFunction:
     """The callable of a recipe's judge; a fitted one comes from the cache when it can."""
     if judge.function is not None:
         return load_function(judge.function)
     if judge.vader:
         return vader_judge
-    rows = load_rows(load_data_recipe(judge.sentiment), "judge", "rated")
+    rows = load_rows(load_data_recipe(judge.sentiment), "judge", "rated", root=root)
     fitted = SentimentJudge.fit([row["text"] for row in rows], [row["label"] for row in rows])
     logger.info(
         "judge %s: held-out accuracy %.3f, %.3f on their first %d words (%d texts)",

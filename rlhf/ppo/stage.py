@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,13 +40,17 @@ from rlhf.stage import Stage, StageContext
 logger = logging.getLogger(__name__)
 
 
-def load_prompts(name: str, split: str, renderer: Renderer, max_length: int, limit: int | None = None) -> Prompts:
+def load_prompts(
+    name: str, split: str, renderer: Renderer, max_length: int, limit: int | None = None, root: Path | None = None
+) -> Prompts:
     """Prompts of a data recipe as ids and text; longer ones than `max_length` tokens are dropped and counted.
+
+    `root` is the artifact directory, where cleaned rows are kept.
 
     Raises:
         UserError: none is left.
     """
-    rows = load_rows(load_data_recipe(name), split, "prompts")
+    rows = load_rows(load_data_recipe(name), split, "prompts", root=root)
     ids = [renderer.prompt_ids(row["prompt"]) for row in rows]
     fits = [row for row in range(len(rows)) if len(ids[row]) <= max_length]
     if not fits:
@@ -166,7 +171,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     eval_prompts = None
     if config.eval_every:
         eval_prompts = load_prompts(
-            config.data, config.eval_split, renderer, config.max_prompt_length, config.eval_prompts
+            config.data, config.eval_split, renderer, config.max_prompt_length, config.eval_prompts, ctx.root
         )
     return PPOTrainer(
         config=config,
@@ -175,7 +180,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         reference=Reference(ctx, model, accelerator),
         rewards=build_rewards(ctx, model, accelerator, graph_pool),
         generator=generator,
-        prompts=load_prompts(config.data, config.split, renderer, config.max_prompt_length),
+        prompts=load_prompts(config.data, config.split, renderer, config.max_prompt_length, root=ctx.root),
         eval_prompts=eval_prompts,
         decode=renderer.decode_response,
         pad_id=tokenizer.pad_token_id,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from rlhf.cards import write_card
-from rlhf.data import Renderer, load_data_recipe, load_rows
+from rlhf.data import Renderer
 from rlhf.errors import UserError
 from rlhf.evaluation.statistics import wilson_interval
 from rlhf.logs import check_trackers
@@ -36,7 +36,7 @@ from rlhf.reward.losses import pairwise_loss
 from rlhf.sampling import fitting_rows, score_sequences
 from rlhf.sft import sample_published
 from rlhf.stage import Stage, StageContext
-from rlhf.trainers import ExactResume, check_trainer_args, run_trainer, save_trained, trainer_args
+from rlhf.trainers import ExactResume, check_trainer_args, in_curriculum_order, run_trainer, save_trained, trainer_args
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +136,11 @@ def build(ctx: StageContext) -> dict[str, Any]:
     sft_dir = ctx.inputs["sft"].model_dir
     tokenizer = load_tokenizer(sft_dir)
     renderer = Renderer(tokenizer, recipe.model.chat)
-    data = load_data_recipe(section.data)
-    train_rows = load_rows(data, section.split, "preference", limit=section.limit, seed=ctx.seed)
+    train_rows = ctx.rows(section.data, section.split, "preference", limit=section.limit, seed=ctx.seed)
     train, train_rows = rendered_pairs(train_rows, renderer, section.max_length, "reward")
-    test_rows = load_rows(data, section.eval_split, "preference")
+    test_rows = ctx.rows(section.data, section.eval_split, "preference")
     test, test_rows = rendered_pairs(test_rows, renderer, section.max_length, "reward eval")
-    options = {"train_sampling_strategy": "group_by_length"} | section.trainer
+    options = {"train_sampling_strategy": "group_by_length"} | in_curriculum_order(section.data, section.trainer)
     args = trainer_args(RewardConfig, options, ctx, max_length=None)  # longer pairs are gone already
     trainer = reward_trainer(ctx, new_reward_model(sft_dir, ctx.seed), args, tokenizer, train, test)
     metrics = run_trainer(trainer, ctx)
@@ -226,7 +225,7 @@ class Measured:
         """Mean and std of the raw score on responses that the SFT model samples; PPO shifts and scales by them."""
         recipe, section = self.ctx.recipe, self.ctx.recipe.reward
         name, split = (recipe.ppo.data, recipe.ppo.split) if recipe.ppo else (section.data, section.split)
-        rows = load_rows(load_data_recipe(name), split, "prompts")
+        rows = self.ctx.rows(name, split, "prompts")
         rows = fitting_rows(rows, self.renderer, recipe.ppo.max_prompt_length if recipe.ppo else None)
         prompts = [row["prompt"] for row in rows[: section.normalize_samples]]
         samples = sample_published(self.ctx, self.renderer, prompts, self.ctx.inputs["sft"].model_dir, self.ctx.seed)

@@ -11,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.artifacts import Artifact
+from rlhf.data import load_data_recipe
+from rlhf.data.sources import source_hash
 from rlhf.recipe import load_recipe
 from tests.integration.conftest import STAGES, run_stage
 
 MANIFEST_KEYS = {
-    "schema_version", "stage", "status", "recipe", "recipe_hash", "inputs", "seed", "git_commit", "packages",
+    "schema_version", "stage", "status", "recipe", "recipe_hash", "inputs", "data", "seed", "git_commit", "packages",
     "hardware", "metrics", "wall_seconds", "peak_memory_gib", "files",
 }  # fmt: skip
 
@@ -35,6 +37,10 @@ def test_every_artifact_is_whole_and_says_where_it_comes_from(ci_run, stage):
     assert not (ci_run / f"{stage}.partial").exists()
     assert not (artifact.path / "checkpoints").exists()
     assert len(artifact.metrics()) > 0
+    for name, found in artifact.manifest["data"].items():  # down to the bytes of the source
+        recipe = load_data_recipe(name)
+        assert found["source_sha256"] == source_hash(recipe.source)
+        assert found["fingerprint"] == artifact.manifest["fingerprint"]["data"][name]
 
 
 def test_one_tokenizer_with_distinct_special_tokens_serves_all_stages(ci_run):

@@ -15,7 +15,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 def recipe_of(tmp_path, rows, **fields):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    fields = {"name": "mine", "source": {"files": str(path)}, "format": "text"} | fields
+    fields = {"name": "mine", "source": {"files": str(path)}, "format": "text", "clean": []} | fields
     return validate(DataRecipe, fields, "mine.yaml")
 
 
@@ -210,7 +210,12 @@ REAL = [  # file, recipe fields, kind, rows that are left of all
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is not beside this checkout")
 @pytest.mark.parametrize(("file", "fields", "kind", "count"), REAL, ids=[case[0] for case in REAL])
 def test_real_files_load_as_they_are(file, fields, kind, count):
-    data = {"name": "real", "source": {"files": str(SHARED / file)}, "split": {"fractions": {"all": 1.0}}} | fields
+    data = {
+        "name": "real",
+        "source": {"files": str(SHARED / file)},
+        "split": {"fractions": {"all": 1.0}},
+        "clean": [],
+    } | fields
     rows = load_rows(validate(DataRecipe, data, "real.yaml"), "all", kind)
     assert len(rows) == count
     for row in rows:

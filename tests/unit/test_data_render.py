@@ -3,6 +3,8 @@
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -172,3 +174,62 @@ def test_unfit_templates_end_in_one_line(template, said):
     with pytest.raises(UserError) as error:
         renderer.response_ids(TALK, "x")
     assert said in str(error.value)
+
+
+def test_sft_reward_and_ppo_feed_byte_equal_ids():
+    """What the three stages hand to their models for one conversation; system, several turns and Chinese survive."""
+    from rlhf.reward.train import rendered_pairs
+    from rlhf.sft import rendered_rows
+
+    tokenizer = build(CHATML, post="<bos> $A")
+    renderer = Renderer(tokenizer, chat=True)
+    answer, worse = "好的 ok 😀", "no"
+    sft = rendered_rows([{"prompt": TALK, "completion": answer}], renderer, 1000, "sft")[0]
+    pairs, _ = rendered_pairs([{"prompt": TALK, "chosen": answer, "rejected": worse}], renderer, 1000, "reward")
+    prompt = renderer.prompt_ids(TALK)  # PPO samples behind this, and scores prompt + response
+    response = renderer.response_ids(TALK, answer)
+    assert list(sft["input_ids"]) == list(pairs[0]["chosen_ids"]) == prompt + response
+    mask = list(sft["completion_mask"])
+    assert mask == [0] * len(prompt) + [1] * len(response)
+    counted = [token for token, counts in zip(sft["input_ids"], mask, strict=True) if counts]
+    assert text_of(tokenizer, counted) == answer + "<|im_end|>"
+    whole = text_of(tokenizer, sft["input_ids"])
+    for said in ("system\n你是助手。", "user\nHi, 世界!", "assistant\nHello.", "user\n再见?"):
+        assert f"<|im_start|>{said}<|im_end|>\n" in whole
+
+
+# Text of any script, without what a template or a tokenizer takes for a special token.
+said = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(
+    lambda text: text.strip() and not any(token in text for token in ("<|im_", "<pad>", "<bos>"))
+)
+turns = st.lists(st.tuples(said, said), max_size=3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.one_of(st.none(), said), turns, said, said)
+def test_any_conversation_is_rendered_alike_in_all_stages(system, earlier, question, answer):
+    """One EOS, at the end; the answer comes back as it was; nothing of prompt or answer is lost."""
+    from rlhf.reward.train import rendered_pairs
+    from rlhf.sft import rendered_rows
+
+    talk = [{"role": "system", "content": system}] if system else []
+    for asked, replied in earlier:
+        talk += [{"role": "user", "content": asked}, {"role": "assistant", "content": replied}]
+    talk.append({"role": "user", "content": question})
+    renderer = CHAT_RENDERER
+    prompt, response = renderer.prompt_ids(talk), renderer.response_ids(talk, answer)
+    eos = renderer.tokenizer.eos_token_id
+    assert response[-1] == eos
+    assert eos not in response[:-1]
+    assert renderer.decode_response(response) == answer
+    whole = text_of(renderer.tokenizer, prompt + response)
+    assert whole == "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in talk) + (
+        f"<|im_start|>assistant\n{answer}<|im_end|>"
+    )
+    sft = rendered_rows([{"prompt": talk, "completion": answer}], renderer, 10_000, "sft")[0]
+    pairs, _ = rendered_pairs([{"prompt": talk, "chosen": answer, "rejected": "x"}], renderer, 10_000, "reward")
+    assert list(sft["input_ids"]) == list(pairs[0]["chosen_ids"]) == prompt + response
+    assert sum(sft["completion_mask"]) == len(response)
+
+
+CHAT_RENDERER = Renderer(build(CHATML), chat=True)

@@ -9,11 +9,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from rlhf.data.quarantine import Quarantine
 from rlhf.data.recipe import FilesSource, FunctionSource, HubSource, PackageSource
-from rlhf.data.sources import read_rows, source_hash
+from rlhf.data.sources import iter_rows, source_hash
 from rlhf.errors import UserError
 
 ROWS = [{"text": "你好\u2028世界", "n": 1}, {"text": 'a "b", c\nd', "n": 2}]
+
+
+def read_rows(source):
+    """All rows; the first bad one is an error."""
+    quarantine = Quarantine()
+    rows = list(iter_rows(source, quarantine))
+    quarantine.check(0.0)
+    return rows
 
 
 @pytest.fixture
@@ -64,12 +73,12 @@ def test_globs_and_lists_are_read_in_order(tmp_path):
     [
         ("x.jsonl", b'{"a": 1}\n{"a": \n', "line 2: not valid JSON"),
         ("x.json", b'[{"a": 1},\n{"a": }]', "line 2: not valid JSON"),
-        ("x.jsonl", b'{"a": 1}\n3\n', "row 2: '3' is not an object"),
+        ("x.jsonl", b'{"a": 1}\n3\n', "line 2: '3' is not an object"),
         ("x.csv", b"a,b\n1\n", "line 2: not 2 cells"),
         ("x.csv", b'a,b\n1,"2"3\n', "after line 1: not valid CSV"),
         ("x.jsonl", b'{"a": "\xff"}', "not UTF-8 text (byte 7)"),
         ("x.jsonl.gz", b"not gzip", "cannot be read"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}')[:-9], "cannot be read"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}')[:-9], "file ends early or is damaged"),
         ("x.parquet", b"not parquet", "not a Parquet file"),
         ("x.xlsx", b"", "file type '.xlsx' is not known"),
         ("x.jsonl", b"\n", "has no rows"),

@@ -1,0 +1,72 @@
+"""Clean one data recipe: `python -m pipelines.data --recipe hh_rlhf --artifacts artifacts`."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipelines.cli import BAD_INPUT, setup_logging
+from rlhf.data import DataRecipe, load_data_recipe
+from rlhf.data.load import DATA
+from rlhf.data.prepare import prepare
+from rlhf.errors import UserError
+
+logger = logging.getLogger("rlhf")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes ARTIFACTS/data/NAME, of a mixture those of its parts; returns 0, or 2 after one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.data", description=__doc__)
+    parser.add_argument("--recipe", required=True, metavar="NAME-OR-PATH", help="data recipe")
+    parser.add_argument("--artifacts", default="artifacts", metavar="DIR")
+    parser.add_argument("--force", action="store_true", help="write the set again although nothing changed")
+    parser.add_argument("--tokenizer", metavar="FOLDER-OR-ID", help="adds token counts to the card")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
+    args = parser.parse_args(argv)
+    setup_logging()
+    try:
+        if args.workers < 1:
+            raise UserError(f"--workers {args.workers}: must be at least 1")
+        recipe = load_data_recipe(args.recipe)
+        parts = [load_data_recipe(item.recipe) for item in recipe.mixture or ()] or [recipe]
+        for part in parts:
+            write(part, args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        where = error.filename or args.artifacts
+        print(f"error: data: cannot read or write {where} ({error.strerror}): check path and space", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def write(recipe: DataRecipe, args: argparse.Namespace) -> None:
+    """Prepares one set and says what became of its rows."""
+    final = Path(args.artifacts) / DATA / recipe.name
+    counter = (args.tokenizer, load_tokenizer(args.tokenizer)) if args.tokenizer else None
+    manifest = prepare(recipe, final, args.force, args.workers, counter)
+    lost = {step["step"]: step["rows"] - step["kept"] for step in manifest["cleaning"] if step["rows"] > step["kept"]}
+    steps = ", ".join(f"{name} {count}" for name, count in manifest["steps"].items())
+    logger.info("%s: %s%s", final, steps, "".join(f", {name} -{count}" for name, count in lost.items()))
+
+
+def load_tokenizer(name: str) -> Any:
+    """Function from a text to its number of tokens.
+
+    Raises:
+        UserError: there is no such tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tokenizer {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
