@@ -55,9 +55,9 @@ def spoil_forward(trainer, name, value):
     if name == "ref_logprobs":
         reference = trainer.reference
 
-        def bad_reference(batch):
+        def bad_reference(*batch):
             trainer.reference = reference
-            return reference(batch) * value
+            return reference(*batch) * value
 
         trainer.reference = bad_reference
         return

@@ -157,7 +157,9 @@ def test_the_published_adapter_on_the_sft_model_is_the_published_policy(tmp_path
 def test_only_trained_tensors_are_kept_for_lora(tmp_path):
     trainer = toy_trainer(tmp_path, "lora-separate")
     state = trainable_state(trainer.model, trainer.accelerator)
-    assert all(("lora_" in name and "reward" not in name) or name == "value_head.weight" for name in state)
+    assert all(
+        ("lora_" in name and "reward" not in name) or name in ("value_head.weight", "value_bias") for name in state
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
