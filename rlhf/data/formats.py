@@ -601,12 +601,23 @@ def detect_format(rows: list[Row]) -> tuple[str, str]:
     columns = {column for row in rows for column in row}
     for name, needed in _SIGNS:
         if columns.issuperset(needed) and _CONFIRM.get(name, lambda rows: True)(rows):
+            _refuse_lost_answers(name, columns)
             return name, f"the rows have {' and '.join(repr(column) for column in needed)}" + _CONFIRMED.get(name, "")
     present = ", ".join(sorted(columns)) or "none"
     raise UserError(
         f"format: cannot be told from the columns ({present}); name it ({', '.join(FORMATS)}), "
         "and with `mapping` the columns that are called differently"
     )
+
+
+def _refuse_lost_answers(name: str, columns: set[str]) -> None:
+    """Prompts beside a column of answers: taking the prompts alone would lose the answers without a word."""
+    answer = next((column for column in ("response", "answer", "output", "target") if column in columns), None)
+    if name == "prompts" and answer:
+        raise UserError(
+            f"format: the rows have 'prompt' and {answer!r}; say `format: prompt_completion` and "
+            f"`mapping: {{completion: {answer}}}` to learn from the answers, or `format: prompts` to leave them"
+        )
 
 
 def _all(column: str, test: Callable[[Any], bool]) -> Callable[[list[Row]], bool]:

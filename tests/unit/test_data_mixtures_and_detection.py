@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from rlhf.data import DataRecipe, load_data_recipe, load_rows
+from rlhf.data.formats import detect_format
 from rlhf.data.prepare import prepare
 from rlhf.errors import UserError
 from rlhf.yamlio import validate
@@ -55,6 +56,14 @@ def test_format_is_told_from_the_rows_and_the_reason_logged(tmp_path, row, name,
 def test_a_format_that_cannot_be_told_names_the_columns(tmp_path):
     with pytest.raises(UserError, match=r"cannot be told from the columns \(a, b\); name it"):
         load_rows(recipe_of(tmp_path / "x.jsonl", [{"a": 1, "b": 2}]), "train", "sft")
+
+
+@pytest.mark.parametrize("column", ["response", "answer", "output", "target"])
+def test_answers_beside_prompts_are_not_lost_in_silence(column):
+    says = rf"the rows have 'prompt' and '{column}'; say .* `mapping: {{completion: {column}}}`"
+    with pytest.raises(UserError, match=says):
+        detect_format([{"prompt": "a", column: "b"}])
+    assert detect_format([{"prompt": "a", "id": 1}])[0] == "prompts"
 
 
 def test_a_mapping_helps_detection(tmp_path):
