@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ class LengthSampler(Sampler[int]):
         lengths: of each row; a pair is as long as the longer of its two.
         batch: pairs of one optimizer step on all ranks.
         seed: of the order.
+        current: says which pass begins. Accelerate's `set_epoch` reaches a sampler in one process only.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, current: Callable[[], int] | None = None) -> None:
         self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+        self.current = current
 
     def set_epoch(self, epoch: int) -> None:
         """Accelerate says which pass over the rows begins."""
@@ -36,7 +38,8 @@ class LengthSampler(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        draw = random.Random(f"{self.seed}/{self.epoch}")
+        epoch = self.epoch if self.current is None else self.current()
+        draw = random.Random(f"{self.seed}/{epoch}")
         order = draw.sample(range(len(self.lengths)), len(self.lengths))
         pools = [sorted(part, key=lambda row: -self.lengths[row]) for part in _cut(order, POOL * self.batch)]
         batches = [batch for pool in pools for batch in _cut(pool, self.batch)]

@@ -55,7 +55,7 @@ class ExactRewardTrainer(ExactResume, RewardTrainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthSampler(pair_lengths(self.train_dataset), batch, args.seed)
+        return LengthSampler(pair_lengths(self.train_dataset), batch, args.seed, lambda: int(self.state.epoch or 0))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         lengths = pair_lengths(eval_dataset)
