@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from rlhf.artifacts import (
     Artifact,
     check_name,
     finish,
+    installed_versions,
     partial_dir,
     publish,
     recover,
@@ -456,13 +456,7 @@ def git_commit() -> str | None:
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide results, and of Python."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    return {"python": platform.python_version()} | installed_versions(PACKAGES)
 
 
 def hardware() -> dict[str, Any]:

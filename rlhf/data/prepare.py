@@ -7,13 +7,12 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from rlhf.artifacts import MANIFEST, finish, partial_dir, publish, recover
+from rlhf.artifacts import MANIFEST, finish, installed_versions, partial_dir, publish, recover
 from rlhf.data.card import Sizes, TokenCount, draw, markdown
 from rlhf.data.cleaner import StepCount, cleaned
 from rlhf.data.fingerprint import data_fingerprint
@@ -170,7 +169,7 @@ def _manifest(
         "licence": recipe.licence,
         "homepage": recipe.homepage,
         "synthetic": recipe.synthetic,
-        "packages": _versions(),
+        "packages": installed_versions(PACKAGES),
         "steps": {
             "read": quarantine.rows,
             "bad": quarantine.count,
@@ -203,13 +202,3 @@ def _step(count: StepCount) -> dict[str, Any]:
         "report": report,
         "examples": count.examples,
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

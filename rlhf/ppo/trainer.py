@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -76,6 +76,27 @@ class Targets:
 
     advantages: Tensor
     returns: Tensor
+
+
+class MicroBatch(NamedTuple):
+    """What one forward and backward needs: tensors alone, so that a CUDA graph can hold it.
+
+    Attributes:
+        input_ids, attention_mask: [b,T'].
+        mask, logprobs, advantages, values, returns: [b,R'], see `Rollout` and `Targets`.
+        tokens: scalar, of the whole mini-batch on all ranks: the denominator.
+        weight: scalar, of the loss in the backward pass.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    advantages: Tensor
+    values: Tensor
+    returns: Tensor
+    tokens: Tensor
+    weight: Tensor
 
 
 class PPOTrainer:
@@ -248,12 +269,13 @@ class PPOTrainer:
             last = number == len(batches) - 1
             with _sync_gradients(self.accelerator, self.model, last):
                 # DDP and FSDP average gradients over ranks; ours are shares of one sum.
-                totals += forward_backward(
+                micro = MicroBatch(
                     *(batch.input_ids, batch.attention_mask, batch.fit(rollout.response_mask)),
                     *(batch.fit(rollout.logprobs), batch.fit(targets.advantages)),
                     *(batch.fit(rollout.values), batch.fit(targets.returns)),
                     *(totals.new_tensor(tokens), totals.new_tensor(ranks * float(counts))),
-                ) * float(counts)
+                )
+                totals += forward_backward(*micro) * float(counts)
         if waits:
             for parameter in self.accelerator.unwrap_model(self.model).policy_parameters():
                 parameter.grad = None
@@ -265,43 +287,24 @@ class PPOTrainer:
         self.optimizer.zero_grad(set_to_none=not self.graphs)
         return statistics
 
-    def _forward_backward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        mask: Tensor,
-        logprobs: Tensor,
-        advantages: Tensor,
-        values: Tensor,
-        returns: Tensor,
-        tokens: Tensor,
-        weight: Tensor,
-    ) -> Tensor:
-        """Gradients of one micro-batch (its share of the mini-batch's); returns six statistics, shares as well.
-
-        Tensors alone, for the sake of a CUDA graph: input [b,P'+R'], the others [b,R'], `tokens` and `weight` scalars.
-        """
-        new: Outputs = self.model(input_ids, attention_mask, mask.shape[1], self.config.temperature)
-        loss, parts = self._losses(new, mask, logprobs, advantages, values, returns, tokens)
-        self.accelerator.backward(loss * weight)
+    def _forward_backward(self, *tensors: Tensor) -> Tensor:
+        """Gradients of one micro-batch (its share of the mini-batch's); returns six statistics, shares as well."""
+        batch = MicroBatch(*tensors)
+        length = batch.mask.shape[1]
+        new: Outputs = self.model(batch.input_ids, batch.attention_mask, length, self.config.temperature)
+        loss, parts = self._losses(new, batch)
+        self.accelerator.backward(loss * batch.weight)
         return parts
 
-    def _losses(
-        self,
-        new: Outputs,
-        mask: Tensor,
-        logprobs: Tensor,
-        advantages: Tensor,
-        values: Tensor,
-        returns: Tensor,
-        tokens: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        config = self.config
+    def _losses(self, new: Outputs, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        config, mask, tokens = self.config, batch.mask, batch.tokens
         pg_loss, pg_clipfrac, approxkl = policy_loss(
-            new.logprobs, logprobs, advantages, mask, config.cliprange, denominator=tokens
+            new.logprobs, batch.logprobs, batch.advantages, mask, config.cliprange, denominator=tokens
         )
-        vf_loss, vf_clipfrac = value_loss(new.values, values, returns, mask, config.cliprange_value, denominator=tokens)
-        log_ratio = torch.where(mask, new.logprobs.detach() - logprobs, 0)
+        vf_loss, vf_clipfrac = value_loss(
+            new.values, batch.values, batch.returns, mask, config.cliprange_value, denominator=tokens
+        )
+        log_ratio = torch.where(mask, new.logprobs.detach() - batch.logprobs, 0)
         ratio = torch.where(mask, log_ratio.exp(), 0).sum() / tokens
         parts = torch.stack([pg_loss.detach(), pg_clipfrac, approxkl, vf_loss.detach(), vf_clipfrac, ratio])
         return pg_loss + config.vf_coef * vf_loss, parts

@@ -23,23 +23,17 @@ class LengthSampler(Sampler[int]):
         lengths: of each row; a pair is as long as the longer of its two.
         batch: pairs of one optimizer step on all ranks.
         seed: of the order.
-        current: says which pass begins. Accelerate's `set_epoch` reaches a sampler in one process only.
+        epoch: gives the pass that begins. (Accelerate's `set_epoch` reaches a sampler in one process only.)
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int, current: Callable[[], int] | None = None) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
-        self.current = current
-
-    def set_epoch(self, epoch: int) -> None:
-        """Accelerate says which pass over the rows begins."""
-        self.epoch = epoch
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        epoch = self.epoch if self.current is None else self.current()
-        draw = random.Random(f"{self.seed}/{epoch}")
+        draw = random.Random(f"{self.seed}/{self.epoch()}")
         order = draw.sample(range(len(self.lengths)), len(self.lengths))
         pools = [sorted(part, key=lambda row: -self.lengths[row]) for part in _cut(order, POOL * self.batch)]
         batches = [batch for pool in pools for batch in _cut(pool, self.batch)]

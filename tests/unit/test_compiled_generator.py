@@ -8,7 +8,7 @@ from rlhf.errors import UserError
 from rlhf.models import set_active_adapter
 from rlhf.ppo.build import wants_slots
 from rlhf.ppo.generation import CompiledGenerator, PlainGenerator
-from rlhf.ppo.generation.compiled import copy_weights, sampling_copy, unsupported
+from rlhf.ppo.generation.compiled import copy_weights, grouped_attention, sampling_copy, unsupported
 from rlhf.ppo.rollout import uniforms
 from tests.builders import build_model, build_tokenizer
 from tests.ppo_toys import lively, toy_trainer
@@ -155,3 +155,30 @@ def test_what_slots_cannot_sample_is_said(tmp_path):
 )
 def test_auto_takes_slots_where_a_run_is_long_enough(choice, steps, device, slots):
     assert wants_slots(choice, steps, torch.device(device)) is slots
+
+
+def test_grouped_attention_is_attention_with_repeated_keys():
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(5, heads, n, 8, generator=draw) for heads, n in ((6, 1), (2, 20), (2, 20)))
+    mask = torch.rand(5, 1, 1, 20, generator=draw) > 0.4
+    out, weights = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    key, value = (x.repeat_interleave(3, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) * 0.3).masked_fill(~mask, -torch.inf)
+    assert_close(out, (scores.softmax(-1) @ value).transpose(1, 2), atol=1e-6)
+    assert weights is None
+
+
+@torch.no_grad()
+def test_the_sampling_copy_of_a_model_with_shared_keys_samples_as_the_model_itself():
+    """Grouped attention, in float64 so that a different order of sums changes no token."""
+    tokenizer = build_tokenizer()
+    policy = llama(tokenizer)
+    prompts, noise = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]], uniforms(4, 10, 7)
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    plain = CompiledGenerator(policy, pad, eos, slots=2).generate(prompts, noise, 0.9)
+    copied = CompiledGenerator(policy, pad, eos, slots=2, dtype=torch.float64)
+    copied.sync()
+    mine = copied.generate(prompts, noise, 0.9)
+    assert copied.model.config._attn_implementation != policy.config._attn_implementation
+    assert torch.equal(mine.response_ids, plain.response_ids)
+    assert_close(mine.logprobs, plain.logprobs, atol=1e-4)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
 from rlhf.models import ActorCritic, response_logprobs
-from rlhf.ppo.generation import CompiledGenerator, PlainGenerator
-from rlhf.ppo.generation.compiled import grouped_attention
+from rlhf.ppo.generation import PlainGenerator
 from rlhf.ppo.generation.plain import inverse_cdf, left_pad, sampling_logprobs
 from rlhf.ppo.rollout import uniforms
 from tests.builders import build_model, build_tokenizer
@@ -202,41 +201,3 @@ def test_gradient_checkpointing_samples_the_same(model, tokenizer, generator):
     checkpointed = PlainGenerator(actor, tokenizer).generate(PROMPTS, noise, 0.7)
     assert torch.equal(checkpointed.response_ids, plain.response_ids)
     assert actor.policy.training  # recomputation needs it afterwards
-
-
-def test_grouped_attention_is_attention_with_repeated_keys():
-    draw = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(5, heads, n, 8, generator=draw) for heads, n in ((6, 1), (2, 20), (2, 20)))
-    mask = torch.rand(5, 1, 1, 20, generator=draw) > 0.4
-    out, weights = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
-    key, value = (x.repeat_interleave(3, dim=1) for x in (key, value))
-    scores = (query @ key.transpose(2, 3) * 0.3).masked_fill(~mask, -torch.inf)
-    assert_close(out, (scores.softmax(-1) @ value).transpose(1, 2), atol=1e-6)
-    assert weights is None
-
-
-@torch.no_grad()
-def test_the_sampling_copy_of_a_model_with_shared_keys_samples_as_the_model_itself(tokenizer):
-    """Grouped attention, in float64 so that a different order of sums changes no token."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    policy = LlamaForCausalLM(config)
-    for parameter in policy.parameters():
-        parameter *= 3
-    prompts, noise = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]], uniforms(4, 10, 7)
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    plain = CompiledGenerator(policy, pad, eos, slots=2).generate(prompts, noise, 0.9)
-    copied = CompiledGenerator(policy, pad, eos, slots=2, dtype=torch.float64)
-    copied.sync()
-    mine = copied.generate(prompts, noise, 0.9)
-    assert copied.model.config._attn_implementation != policy.config._attn_implementation
-    assert torch.equal(mine.response_ids, plain.response_ids)
-    assert_close(mine.logprobs, plain.logprobs, atol=1e-4)
