@@ -114,6 +114,8 @@ def _rename(rows: list[Row], recipe: DataRecipe) -> list[Row]:
         _require_column(recipe.mapping.get(column, column), rows, f"mapping.{column}")
     for column, source in recipe.mapping.items():
         _require_column(source, rows, f"mapping.{column}")
+    for name, source in recipe.keep.items():
+        _require_column(source, rows, f"keep.{name}")
     names = {column: recipe.mapping.get(column, column) for column in form.columns}
     used = set(names.values())
     return [
