@@ -278,8 +278,9 @@ def test_ppo_refuses_a_reward_model_whose_gate_fails(tmp_path):
 
 def test_ppo_trains_on_it_when_told_to_and_says_why_not(tmp_path, caplog):
     check_reward_gate(context(tmp_path, FAILING, ignore_reward_gate="true"))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "reward gate of reward: FAIL length: 30.0%" in caplog.text
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "reward gate of reward: FAIL length: 30.0%" in warnings[0].getMessage()
 
 
 def test_the_thresholds_are_those_of_the_recipe_at_hand(tmp_path):
