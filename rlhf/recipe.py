@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rlhf.errors import UserError
 from rlhf.yamlio import parse_scalar, read_yaml, validate
@@ -25,12 +25,12 @@ class Section(BaseModel):
     """Strict base: an unknown key or a wrong type is an error, and a loaded recipe does not change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    # Fields that can end a run but never change what a finished one gives: raising one must not forbid to continue.
-    only_stops: ClassVar[frozenset[str]] = frozenset()
+    # Fields that never change what a finished stage hands on: changing one must not redo it, nor forbid to continue.
+    not_identity: ClassVar[frozenset[str]] = frozenset()
 
     def identity(self) -> dict[str, Any]:
         """What decides the result of a stage, as plain data, for fingerprints."""
-        return self.model_dump(mode="json", exclude=set(self.only_stops))
+        return self.model_dump(mode="json", exclude=set(self.not_identity))
 
 
 class ModelSection(Section):
@@ -107,8 +107,74 @@ class SftSection(Section):
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
 
 
+class OtherPairs(Section):
+    """A preference set that the reward model was not trained for, measured by name."""
+
+    data: str = Field(description="Data recipe of prompt/chosen/rejected rows.")
+    split: str = Field("test", description="The split that is read.")
+    limit: int | None = Field(1000, ge=1, description="Use at most this many pairs.")
+
+
+class RewardReportSection(Section):
+    """What the report on a reward model measures; `make report STAGE=reward` redoes it. docs/reward_report.md."""
+
+    edit_pairs: int = Field(200, ge=10, description="Held-out pairs whose answers are edited (padded, shuffled, ...).")
+    paraphrases: list[str] = Field(
+        ["Question: {prompt}"], description="Other ways to put a prompt, with `{prompt}`; preferences should not turn."
+    )
+    ood: list[OtherPairs] = Field([], description="Preference sets from elsewhere, each reported by its name.")
+    learning_curve_pairs: int = Field(
+        2000, ge=0, description="Training pairs for the learning curve on frozen SFT features; 0 = skip."
+    )
+    failures: int = Field(8, ge=0, description="Pairs ranked wrong that are shown as text.")
+
+    @field_validator("paraphrases")
+    @classmethod
+    def _one_place(cls, paraphrases: list[str]) -> list[str]:
+        for template in paraphrases:
+            if template.count("{prompt}") != 1:
+                raise ValueError(f"{template!r} holds {{prompt}} {template.count('{prompt}')} times; must be once")
+        return paraphrases
+
+
+class RewardGateSection(Section):
+    """When a reward model is good enough for PPO: a bound surely missed (whole 95 % interval) fails, else it warns."""
+
+    min_accuracy: float | None = Field(0.6, ge=0, le=1, description="Held-out accuracy; null = off.")
+    min_lead: float | None = Field(
+        0.0, ge=-1, le=1, description="Accuracy minus that of the better baseline (length-only, TF-IDF); null = off."
+    )
+    min_accuracy_shorter: float | None = Field(
+        0.5, ge=0, le=1, description="Accuracy where the shorter answer is the better one; null = off."
+    )
+    max_length_preference: float | None = Field(
+        0.15,
+        ge=0,
+        le=1,
+        description="Share by which it prefers the longer (or shorter) answer beyond what the labels do.",
+    )
+    max_edit_gain: float | None = Field(
+        0.5, ge=0, description="Gain by an edit that makes no answer better, in std of the scores; null = off."
+    )
+    max_empty_wins: float | None = Field(
+        0.5, ge=0, le=1, description="Share of good answers that an empty answer or a bare 'Thanks!' beats; null = off."
+    )
+    max_padding_shift: float | None = Field(
+        0.01, ge=0, description="Change of a score by padding or batch size, in std of the scores; null = off."
+    )
+    max_paraphrase_flips: float | None = Field(
+        0.25, ge=0, le=1, description="Share of preferences that turn with `report.paraphrases`; warns; null = off."
+    )
+    max_ece: float | None = Field(0.1, ge=0, le=1, description="Expected calibration error; warns; null = off.")
+    min_accuracy_ood: float | None = Field(
+        0.5, ge=0, le=1, description="Accuracy on each of `report.ood`; warns; null = off."
+    )
+
+
 class RewardSection(Section):
     """Scalar reward model with TRL's RewardTrainer, from the SFT artifact."""
+
+    not_identity: ClassVar[frozenset[str]] = frozenset({"report", "gate"})
 
     data: str = Field(description="Data recipe of prompt/chosen/rejected rows.")
     split: str = Field("train", description="Training split.")
@@ -120,6 +186,21 @@ class RewardSection(Section):
         "auto", description="torch.compile of the transformer blocks. auto: on a GPU, from 1000 optimizer steps on."
     )
     baselines: bool = Field(True, description="Report length-only and TF-IDF baselines beside the accuracy.")
+    loss: Literal["bradley_terry", "smoothed", "robust"] = Field(
+        "bradley_terry", description="For noisy labels: smoothed (Wang et al. 2024) or robust (Chowdhury et al. 2024)."
+    )
+    flip_rate: float = Field(0.1, gt=0, lt=0.5, description="Share of flipped labels that those two reckon with.")
+    margin_scale: float | None = Field(
+        None, gt=0, description="The data recipe keeps a `margin`; times this, the score has to lead by it. Llama 2."
+    )
+    length_decorrelation: float = Field(
+        0.0, ge=0, description="Weight of the squared correlation of margins with length differences. After ODIN."
+    )
+    lm_coef: float = Field(
+        0.0, ge=0, description="Weight of the language-model loss on chosen responses, nats per token. Secrets."
+    )
+    report: RewardReportSection = RewardReportSection()
+    gate: RewardGateSection = RewardGateSection()
     trainer: dict[str, Any] = Field({}, description="Passed to TRL's RewardConfig, checked before anything loads.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
 
@@ -167,14 +248,22 @@ class AlertsSection(Section):
 class PPOSection(Section):
     """PPO. Sizes are global, in episodes; lengths in tokens; KL in nats."""
 
-    only_stops: ClassVar[frozenset[str]] = frozenset({"max_bad_updates", "reward_timeout"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"max_bad_updates", "reward_timeout", "ignore_reward_gate"})
 
     data: str = Field(description="Data recipe of prompts.")
     split: str = Field("train", description="Prompts to train on.")
     eval_split: str = Field("validation", description="Held-out prompts for `eval/*`.")
     rewards: list[RewardSource] = Field([RewardSource(artifact="reward")], min_length=1)
-    reward_aggregation: Literal["sum", "mean", "min"] = Field(
-        "sum", description="How weighted sources become one score."
+    reward_aggregation: Literal["sum", "mean", "min", "penalised"] = Field(
+        "sum", description="How weighted sources become one score; penalised: mean - uncertainty_coef * std."
+    )
+    uncertainty_coef: float = Field(
+        1.0, ge=0, description="Weight of the std between sources in `penalised`. Coste et al. 2023 take the variance."
+    )
+
+    ignore_reward_gate: bool = Field(
+        False,
+        description="Train on a reward model whose report says fail (reward.gate); it is said aloud all the same.",
     )
 
     total_episodes: int = Field(10_000, ge=1, description="Episodes (prompt + response) of the whole run.")

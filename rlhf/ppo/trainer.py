@@ -348,7 +348,8 @@ class PPOTrainer:
         rollout.raw_scores = {s.name: s.score(rollout, budget, self.accelerator) for s in self.rewards}
         rewarding = [source for source in self.rewards if source.weight != 0]  # weight 0: a judge, only measured
         raw = [rollout.raw_scores[source.name] for source in rewarding]
-        scores = aggregate(raw, [source.weight for source in rewarding], config.reward_aggregation)
+        weights = [source.weight for source in rewarding]
+        scores = aggregate(raw, weights, config.reward_aggregation, config.uncertainty_coef)
         if update and self.running is not None and bool(torch.isfinite(scores).all()):  # NaN would stay in the mean
             self.running.update(scores)
         rollout.scores = shape_scores(
