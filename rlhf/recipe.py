@@ -311,8 +311,11 @@ class PPOSection(Section):
 
 
 class JudgeSource(Section):
-    """A judge that no stage trained on: exactly one of the three."""
+    """A judge that no stage trained on: exactly one of the four."""
 
+    artifact: str | None = Field(
+        None, description="A reward model that PPO never saw, such as `reward_b` of this run, or the path of one."
+    )
     sentiment: str | None = Field(None, description="Data recipe of labelled texts; TF-IDF + logistic regression.")
     vader: bool = Field(False, description="VADER's compound score.")
     function: str | None = Field(None, description="`package.module:callable`, as in ppo.rewards.")
@@ -320,20 +323,72 @@ class JudgeSource(Section):
 
     @model_validator(mode="after")
     def _one_judge(self) -> JudgeSource:
-        if sum([self.sentiment is not None, self.vader, self.function is not None]) != 1:
-            raise ValueError("give exactly one of `sentiment`, `vader` and `function`")
+        sources = [self.sentiment, self.function, self.artifact, self.vader or None]
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError("give exactly one of `artifact`, `sentiment`, `vader` and `function`")
         return self
 
 
+class PolicySource(Section):
+    """A policy to evaluate: exactly one of `artifact` and `model`."""
+
+    artifact: str | None = Field(None, description="A stage of this run (`sft`, `ppo`) or the path of an artifact.")
+    step: int | None = Field(
+        None, ge=1, description="With `artifact: ppo`: one of the steps of ppo.keep_policies_every."
+    )
+    model: str | None = Field(None, description="Hub id, or a local folder, of any causal language model.")
+    revision: str | None = Field(None, description="Hub revision of `model`.")
+    best_of: int = Field(1, ge=1, description="Sample so many responses and keep the one that ppo.rewards like best.")
+    name: str | None = Field(
+        None, pattern=r"^[^\s/]+$", description="One word, in tables and metric keys; null = made from the rest."
+    )
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> PolicySource:
+        if (self.artifact is None) == (self.model is None):
+            raise ValueError("give exactly one of `artifact` and `model`")
+        if self.step is not None and self.artifact is None:
+            raise ValueError("`step` needs an `artifact`: only a ppo stage keeps policies of its steps")
+        if self.revision is not None and self.model is None:
+            raise ValueError("`revision` needs a `model` on the Hub")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Its name: the one given, or such as `ppo_step_20` and `sft_best_of_16`."""
+        if self.name is not None:
+            return self.name
+        place = "_".join(Path(self.artifact or self.model or "").name.split())
+        step = f"_step_{self.step}" if self.step is not None else ""
+        return place + step + (f"_best_of_{self.best_of}" if self.best_of > 1 else "")
+
+
 class EvaluateSection(Section):
-    """SFT against PPO on held-out prompts."""
+    """Two or more policies on held-out prompts: did PPO help?"""
 
     data: str | None = Field(None, description="Data recipe of prompts; null = ppo.data.")
     split: str = Field("test", description="The held-out split.")
     prompts: int = Field(256, ge=2, description="Number of prompts.")
+    policies: list[PolicySource] = Field(
+        [PolicySource(artifact="sft"), PolicySource(artifact="ppo")],
+        min_length=2,
+        description="The first is the baseline of every comparison. KL is always measured against `sft`.",
+    )
+    temperature: float | None = Field(None, gt=0, description="Of sampling and of the KL; null = ppo.temperature.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus sampling; null = ppo.top_p.")
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="Above 1, tokens that a response already has become less likely. Keskar et al. 2019."
+    )
     judges: list[JudgeSource] = Field([], description="The first one gives the headline win rate.")
     bootstrap: int = Field(2000, ge=100, description="Resamples for the 95 % intervals.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluateSection:
+        names = [policy.label for policy in self.policies]
+        if len(set(names)) < len(names):
+            raise ValueError(f"policies are named {names}: give each its own `name`")
+        return self
 
 
 class HardwareSection(Section):
@@ -377,9 +432,7 @@ class Recipe(Section):
         if (self.model.base is None) == (not from_scratch):
             raise ValueError("give exactly one of model.base and pretrain.architecture")
         if self.evaluate is not None and self.ppo is None:
-            raise ValueError(
-                "`evaluate` compares the policies of sft and ppo: add a `ppo` section or remove `evaluate`"
-            )
+            raise ValueError("`evaluate` samples and scores as `ppo` does: add a `ppo` section or remove `evaluate`")
         return self
 
     def stage_seed(self, stage: str) -> int:

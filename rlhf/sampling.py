@@ -62,11 +62,15 @@ def sample_responses(
     stop_strings: list[str] | None = None,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
+    repetition_penalty: float = 1.0,
+    draw: int = 0,
 ) -> Samples:
-    """One response per prompt; response i depends on the model, the prompt, the seed and i alone."""
-    generator = PlainGenerator(model, renderer.tokenizer, stop_strings or [], autocast=dtype)
+    """One response per prompt; response i depends on the model, the prompt, the seed, `draw` and i alone."""
+    generator = PlainGenerator(
+        model, renderer.tokenizer, stop_strings or [], autocast=dtype, repetition_penalty=repetition_penalty
+    )
     ids = [renderer.prompt_ids(prompt) for prompt in prompts]
-    noise = uniforms(len(ids), length, seed)
+    noise = uniforms(len(ids), length, seed, *([draw] if draw else []))
     response_ids, finished = [], []
     for first in range(0, len(ids), batch_size):
         part = slice(first, first + batch_size)

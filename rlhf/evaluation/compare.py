@@ -24,7 +24,8 @@ class PolicySamples:
         responses: response texts.
         lengths: response tokens, EOS included.
         has_eos: whether the response ended by itself.
-        kl: nats per response against the reference; 0 for the reference itself.
+        kl: nats per response against the reference; 0 for the reference itself. None where the tokens are not the
+            reference's, and there is none.
         scores: reward and judge scores by name, higher is better.
     """
 
@@ -33,7 +34,7 @@ class PolicySamples:
     responses: list[str]
     lengths: list[int]
     has_eos: list[bool]
-    kl: list[float]
+    kl: list[float] | None
     scores: dict[str, list[float]]
 
 
@@ -83,7 +84,8 @@ def compare(samples: Sequence[PolicySamples], *, num_resamples: int = 2000, seed
             add(f"{pair}/win_rate_{score}", wins)
         before = _measures(baseline)
         for measure, values in _measures(policy).items():
-            add(f"{pair}/{measure}_delta", mean(values - before[measure]))
+            if measure in before:
+                add(f"{pair}/{measure}_delta", mean(values - before[measure]))
         diversity = metrics[f"{baseline.name}/distinct_2"]
         # 0 / 0 where no response has two tokens: nothing changed, and JSON has no NaN.
         ratio = metrics[f"{policy.name}/distinct_2"] / diversity if diversity else 1.0
@@ -100,7 +102,7 @@ def compare(samples: Sequence[PolicySamples], *, num_resamples: int = 2000, seed
 def _measures(policy: PolicySamples) -> dict[str, NDArray[np.float64]]:
     """Per-response values [N] of everything that is averaged."""
     columns = {**policy.scores, "kl": policy.kl, "length": policy.lengths, "eos_rate": policy.has_eos}
-    return {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+    return {name: np.asarray(values, dtype=np.float64) for name, values in columns.items() if values is not None}
 
 
 def _check(samples: Sequence[PolicySamples]) -> None:
@@ -134,7 +136,7 @@ def _check_lists(policy: PolicySamples, where: str) -> None:
         "responses": policy.responses,
         "lengths": policy.lengths,
         "has_eos": policy.has_eos,
-        "kl": policy.kl,
+        **({} if policy.kl is None else {"kl": policy.kl}),
         **{f"scores[{name!r}]": values for name, values in policy.scores.items()},
     }
     for name, values in lists.items():

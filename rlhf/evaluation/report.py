@@ -207,6 +207,8 @@ def _table_measures(scores: Sequence[str]) -> list[tuple[str, str, str, int]]:
 
 
 def _with_interval(metrics: Mapping[str, float], key: str, digits: int, sign: str = "") -> str:
+    if key not in metrics:  # the KL of a model with another tokenizer
+        return "-"
     value, low, high = (metrics[key + suffix] for suffix in ("", "_low", "_high"))
     # "z": a change that rounds to nothing reads 0.000, not -0.000.
     shown = [f"{number:{sign}z.{digits}f}" for number in (value, low, high)]

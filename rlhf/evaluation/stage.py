@@ -1,43 +1,48 @@
-"""The evaluate stage: SFT against PPO on held-out prompts, with judges that no stage trained on."""
+"""The evaluate stage: two or more policies on held-out prompts, with judges that no stage trained on."""
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from rlhf.artifacts import Artifact
+from rlhf.artifacts import sha256_file
 from rlhf.data import Renderer, load_data_recipe, load_rows
+from rlhf.errors import UserError
 from rlhf.evaluation.compare import PolicySamples, compare
-from rlhf.evaluation.judges import SentimentJudge, vader_judge
+from rlhf.evaluation.policies import Sampler, Scores, evaluate_policy, sampling_settings, step_dir
 from rlhf.evaluation.report import write_report
-from rlhf.functions import TextFunction, call_text_function, function_name, load_function, source_hashes
+from rlhf.functions import load_function, source_hashes
 from rlhf.logs import append_row
-from rlhf.models import compute_dtype, load_model, load_tokenizer
-from rlhf.recipe import JudgeSource, Recipe
-from rlhf.sampling import Samples, fitting_rows, response_logprob_sums, sample_responses, score_sequences
+from rlhf.models import check_position_limit, compute_dtype, load_model, load_tokenizer
+from rlhf.recipe import Recipe
+from rlhf.sampling import Samples, fitting_rows
 from rlhf.stage import Stage, StageContext
-
-logger = logging.getLogger(__name__)
-
-POLICIES = ("sft", "ppo")
 
 
 def check(ctx: StageContext) -> None:
     """See `Stage.check`."""
+    section, ppo = ctx.recipe.evaluate, ctx.recipe.ppo
     compute_dtype(ctx.recipe)
-    for judge in ctx.recipe.evaluate.judges:
+    for judge in section.judges:
         if judge.function is not None:
             load_function(judge.function)
+        if judge.artifact is not None and "reward_statistics" not in ctx.inputs[judge.artifact].manifest:
+            raise UserError(f"evaluate.judges: artifact {judge.artifact} is no reward model: name one")
+    for policy in section.policies:
+        if policy.step is not None:
+            step_dir(ctx.inputs[policy.artifact], policy.step)
+        if policy.model is not None:
+            load_tokenizer(policy.model, **({"revision": policy.revision} if policy.revision else {}))
+            length = ppo.max_prompt_length + ppo.response_length
+            check_position_limit(policy.model, length, "ppo.max_prompt_length + response_length")
 
 
 def build(ctx: StageContext) -> dict[str, Any]:
-    """Sample both policies with common random numbers, score, compare, report; see `Stage.build`. Rank 0 works."""
+    """Sample all policies with common random numbers, score, compare, report; see `Stage.build`. Rank 0 works."""
     if not PartialState().is_main_process:
         return {}
     section = ctx.recipe.evaluate
@@ -47,15 +52,18 @@ def build(ctx: StageContext) -> dict[str, Any]:
     data = load_data_recipe(section.data or ctx.recipe.ppo.data)
     rows = fitting_rows(load_rows(data, section.split, "prompts"), renderer, ctx.recipe.ppo.max_prompt_length)
     rows = rows[: section.prompts]
-    samples = sample_policies(ctx, renderer, [row["prompt"] for row in rows])
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-    judges = {judge.name: load_judge(judge) for judge in section.judges}
-    policies = [judged(ctx, name, *samples[name], tokenizer.pad_token_id, columns, judges) for name in POLICIES]
-    result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed)
-    history = ctx.inputs["ppo"].metrics()
+    scores = Scores(ctx, columns, tokenizer.pad_token_id)
+    reference = load_model(ctx.inputs["sft"].model_dir).to(PartialState().device).eval()
+    settings = sampling_settings(ctx.recipe)
+    sampler = Sampler(ctx, renderer, [row["prompt"] for row in rows], settings, reference)
+    evaluated = [evaluate_policy(sampler, scores, source) for source in section.policies]
+    policies = [policy for policy, _ in evaluated]
+    result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed) | {"sampling": settings}
+    history = ctx.inputs["ppo"].metrics() if "ppo" in ctx.inputs else None
     write_report(ctx.dir, result, policies, history, judge=headline_judge(ctx.recipe), seed=ctx.seed)
-    for policy, name in zip(policies, POLICIES, strict=True):
-        _write_samples(ctx.dir, policy, samples[name][0])
+    for policy, samples in evaluated:
+        _write_samples(ctx.dir, policy, samples)
     append_row(ctx.dir / "metrics.jsonl", {"step": 0} | result["metrics"])
     return {"metrics": result["metrics"], "comparison": result}
 
@@ -63,83 +71,6 @@ def build(ctx: StageContext) -> dict[str, Any]:
 def headline_judge(recipe: Recipe) -> str | None:
     """Name of the first judge; None = the report's own choice."""
     return recipe.evaluate.judges[0].name if recipe.evaluate.judges else None
-
-
-def sample_policies(ctx: StageContext, renderer: Renderer, prompts: list) -> dict[str, tuple[Samples, list[float]]]:
-    """Per policy: its responses and their KL to the SFT model in nats, (log pi - log pi_ref) of the sampled tokens."""
-    ppo, dtype = ctx.recipe.ppo, compute_dtype(ctx.recipe)
-    device, pad = PartialState().device, renderer.tokenizer.pad_token_id
-    models = {name: load_model(ctx.inputs[name].model_dir).to(device).eval() for name in POLICIES}
-    result = {}
-    for name, model in models.items():
-        samples = sample_responses(
-            model,
-            renderer,
-            prompts,
-            ppo.response_length,
-            ppo.temperature,
-            ctx.seed,
-            top_p=ppo.top_p,
-            stop_strings=ppo.stop_strings,
-            dtype=dtype,
-        )
-        own = response_logprob_sums(model, samples, ppo.temperature, pad)
-        reference = own if name == "sft" else response_logprob_sums(models["sft"], samples, ppo.temperature, pad)
-        result[name] = samples, [a - b for a, b in zip(own, reference, strict=True)]
-    return result
-
-
-def judged(
-    ctx: StageContext,
-    name: str,
-    samples: Samples,
-    kl: list[float],
-    pad_id: int,
-    columns: dict[str, list],
-    judges: dict[str, TextFunction],
-) -> PolicySamples:
-    """One policy's samples with every reward and judge score."""
-    scores: dict[str, list[float]] = {}
-    timeout = ctx.recipe.ppo.reward_timeout
-    for source in ctx.recipe.ppo.rewards:
-        if source.artifact is not None:
-            scores[Path(source.artifact).name] = reward_scores(ctx, ctx.inputs[source.artifact], samples, pad_id)
-        else:
-            function = load_function(source.function)
-            scores[function_name(function)] = call_text_function(
-                function, samples.prompts, samples.responses, columns, timeout
-            )
-    for judge, function in judges.items():
-        scores[judge] = call_text_function(function, samples.prompts, samples.responses, columns, timeout)
-    return PolicySamples(name, samples.prompts, samples.responses, samples.lengths, samples.has_eos, kl, scores)
-
-
-def load_judge(judge: JudgeSource) -> TextFunction:
-    """The callable of a recipe's judge; a fitted one comes from the cache when it can."""
-    if judge.function is not None:
-        return load_function(judge.function)
-    if judge.vader:
-        return vader_judge
-    rows = load_rows(load_data_recipe(judge.sentiment), "judge", "rated")
-    fitted = SentimentJudge.fit([row["text"] for row in rows], [row["label"] for row in rows])
-    logger.info(
-        "judge %s: held-out accuracy %.3f, %.3f on their first %d words (%d texts)",
-        judge.name,
-        fitted.held_out_accuracy,
-        fitted.held_out_short_accuracy,
-        fitted.settings.short_words,
-        fitted.held_out_n,
-    )
-    return fitted
-
-
-@torch.no_grad()
-def reward_scores(ctx: StageContext, artifact: Artifact, samples: Samples, pad_id: int) -> list[float]:
-    """Scores as PPO sees them before the missing-EOS rule: SFT samples average 0 with std 1."""
-    model = load_model(artifact.model_dir, "score").to(PartialState().device).eval()
-    ids = [prompt + response for prompt, response in zip(samples.prompt_ids, samples.response_ids, strict=True)]
-    statistics = artifact.manifest["reward_statistics"]
-    return [(score - statistics["mean"]) / statistics["std"] for score in score_sequences(model, ids, pad_id)]
 
 
 def _write_samples(directory: Path, policy: PolicySamples, samples: Samples) -> None:
@@ -152,7 +83,7 @@ def _write_samples(directory: Path, policy: PolicySamples, samples: Samples) -> 
                 "response": samples.responses[i],
                 "response_ids": samples.response_ids[i],
                 "scores": {name: round(values[i], 4) for name, values in policy.scores.items()},
-                "kl": round(policy.kl[i], 4),
+                "kl": None if policy.kl is None else round(policy.kl[i], 4),
                 "length": policy.lengths[i],
                 "has_eos": policy.has_eos[i],
             }
@@ -160,8 +91,8 @@ def _write_samples(directory: Path, policy: PolicySamples, samples: Samples) -> 
 
 
 def _inputs(recipe: Recipe) -> list[str]:
-    rewards = [source.artifact for source in recipe.ppo.rewards if source.artifact]
-    return [*POLICIES, *dict.fromkeys(rewards)]
+    sources = [*recipe.evaluate.policies, *recipe.ppo.rewards, *recipe.evaluate.judges]
+    return list(dict.fromkeys(["sft", *(source.artifact for source in sources if source.artifact)]))
 
 
 def _data(recipe: Recipe) -> list[str]:
@@ -172,7 +103,12 @@ def _data(recipe: Recipe) -> list[str]:
 def _also(recipe: Recipe) -> dict[str, Any]:
     keys = {"max_prompt_length", "response_length", "temperature", "top_p", "stop_strings", "rewards"}
     functions = [source.function for source in (*recipe.ppo.rewards, *recipe.evaluate.judges)]
-    return recipe.ppo.model_dump(mode="json", include=keys) | {"functions": source_hashes(functions)}
+    folders = [Path(policy.model) for policy in recipe.evaluate.policies if policy.model]
+    weights = {
+        path.as_posix(): sha256_file(path) for folder in folders for path in sorted(folder.glob("*.safetensors"))
+    }
+    also = {"functions": source_hashes(functions), "weights": weights, "aggregation": recipe.ppo.reward_aggregation}
+    return recipe.ppo.model_dump(mode="json", include=keys) | also
 
 
-STAGE = Stage("evaluate", 1, inputs=_inputs, data=_data, check=check, build=build, also=_also)
+STAGE = Stage("evaluate", 2, inputs=_inputs, data=_data, check=check, build=build, also=_also)
