@@ -255,6 +255,12 @@ class PPOSection(Section):
         None, ge=1, description="ppo_steps between checkpoints; null = only at the end."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that stay, beside the best step's weights.")
+    keep_policies_every: int | None = Field(
+        None,
+        ge=1,
+        description="ppo_steps between policies that the artifact keeps in policies/ (with LoRA: adapters), for the "
+        "over-optimisation curve; null = none.",
+    )
     sample_every: int = Field(10, ge=1, description="ppo_steps between rows in samples.jsonl.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.artifacts import Artifact
+from rlhf.artifacts import KEPT_POLICIES, Artifact
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.errors import UserError
 from rlhf.evaluation.compare import PolicySamples
@@ -27,8 +27,6 @@ from rlhf.sampling import Samples, response_logprob_sums, sample_responses, scor
 from rlhf.stage import StageContext
 
 logger = logging.getLogger(__name__)
-
-STEPS = "policies"  # folder of a ppo artifact that holds the policies of its steps
 
 
 def sampling_settings(recipe: Recipe) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def load_policy(ctx: StageContext, source: PolicySource) -> tuple[PreTrainedMode
 
 def kept_steps(artifact: Artifact) -> list[int]:
     """Steps whose policies a ppo artifact kept (`ppo.keep_policies_every`), in order."""
-    return sorted(int(path.name.removeprefix("step_")) for path in (artifact.path / STEPS).glob("step_*"))
+    return sorted(int(path.name.removeprefix("step_")) for path in (artifact.path / KEPT_POLICIES).glob("step_*"))
 
 
 def step_dir(artifact: Artifact, step: int) -> Path:
@@ -125,7 +123,7 @@ def step_dir(artifact: Artifact, step: int) -> Path:
             f"artifact {artifact.path}: kept no policy of step {step}, only of {kept_steps(artifact)}: set "
             "ppo.keep_policies_every and redo ppo, or name a step that it kept"
         )
-    return artifact.path / STEPS / f"step_{step:06d}"
+    return artifact.path / KEPT_POLICIES / f"step_{step:06d}"
 
 
 def load_kept(directory: Path, sft: Artifact) -> PreTrainedModel:
