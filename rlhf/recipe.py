@@ -385,6 +385,14 @@ class EvaluateSection(Section):
     repetition_penalty: float = Field(
         1.0, gt=0, description="Above 1, tokens that a response already has become less likely. Keskar et al. 2019."
     )
+    best_of_n: int = Field(
+        16,
+        ge=1,
+        description="Samples per prompt of the SFT model for reward against KL (best of 1, 2, 4, ...); 1 = off.",
+    )
+    frontier_prompts: int = Field(
+        128, ge=2, description="Prompts of that, and of each kept PPO step; at most `prompts`."
+    )
     judges: list[JudgeSource] = Field([], description="The first one gives the headline win rate.")
     bootstrap: int = Field(2000, ge=100, description="Resamples for the 95 % intervals.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")

@@ -84,7 +84,8 @@ def frontier(
         num_resamples, seed: of the bootstrap.
 
     Returns:
-        `{"n": 4, "kl": 0.64, "scores": {name: {"value": .., "low": .., "high": .., "by_prompt": [P]}}}`, n rising.
+        `{"n": 4, "kl": 0.64, "scores": {name: {"value": .., "low": .., "high": .., "by_prompt": [P]}}}`, n rising;
+        n = 1 is the base policy.
     """
     rows = []
     for n in ladder(np.asarray(trained).shape[1]):
@@ -100,11 +101,11 @@ def _point(values: ArrayLike, num_resamples: int, seed: int) -> dict[str, Any]:
 
 
 def policy_point(
-    name: str, step: int, kl: Sequence[float], scores: Mapping[str, Sequence[float]], *, num_resamples: int, seed: int
+    step: int, kl: Sequence[float], scores: Mapping[str, Sequence[float]], *, num_resamples: int, seed: int
 ) -> dict[str, Any]:
     """A policy as a row like those of `frontier`: its step, its measured KL in nats, and every score by prompt."""
     points = {score: _point(values, num_resamples, seed) for score, values in scores.items()}
-    return {"name": name, "step": step, "kl": float(np.mean(kl)), "scores": points}
+    return {"step": step, "kl": float(np.mean(kl)), "scores": points}
 
 
 def best_step(points: Sequence[Mapping[str, Any]], score: str) -> int:

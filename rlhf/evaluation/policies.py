@@ -169,8 +169,15 @@ class Scores:
             )
 
     def __call__(self, samples: Samples) -> dict[str, list[float]]:
-        """[B] scores by name."""
-        return {name: score(samples) for name, score in self.sources.items()}
+        """[B] scores by name, of responses to the first B prompts."""
+        scores = {name: score(samples) for name, score in self.sources.items()}
+        return scores if self.maximised in scores else scores | {self.maximised: self.trained(scores)}
+
+    @property
+    def maximised(self) -> str:
+        """Name of what PPO maximised: the one source with a weight, or `combined`, which is then a score of its own."""
+        weighted = [name for name, weight in self.weights.items() if weight]
+        return weighted[0] if len(weighted) == 1 and self.weights[weighted[0]] > 0 else "combined"
 
     def trained(self, scores: Mapping[str, Sequence[float]]) -> list[float]:
         """[B] what PPO maximised: the weighted sources, aggregated as `ppo.reward_aggregation` says."""
@@ -189,7 +196,8 @@ class Scores:
 
     def _texts(self, function: TextFunction) -> Callable[[Samples], list[float]]:
         def score(samples: Samples) -> list[float]:
-            return call_text_function(function, samples.prompts, samples.responses, self.columns, self.timeout)
+            columns = {name: values[: len(samples.prompts)] for name, values in self.columns.items()}
+            return call_text_function(function, samples.prompts, samples.responses, columns, self.timeout)
 
         return score
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf.errors import UserError
-from rlhf.evaluation import _panels
+from rlhf.evaluation import _panels, frontier_report
 from rlhf.evaluation._panels import display_name
 from rlhf.evaluation.compare import PolicySamples
 
@@ -141,6 +141,7 @@ def write_report(
             "",
             f"![What {last} changed against {first}]({PICTURE_NAME})",
             "",
+            *_frontier_section(result, directory),
             "## Samples",
             "",
             f"The two prompts on which {last} gains most by `{judge}`, the two on which it loses most, and some "
@@ -153,6 +154,26 @@ def write_report(
     path = directory / REPORT_NAME
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _frontier_section(result: Mapping[str, Any], directory: Path) -> list[str]:
+    """The part on reward against KL, and its picture in `directory`; nothing where it was not measured."""
+    if "frontier" not in result:
+        return []
+    curve = result["frontier"]
+    frontier_report.plot_frontier(curve, directory / frontier_report.PICTURE_NAME)
+    return [
+        "## Reward against KL",
+        "",
+        f"{curve['samples']} samples of the SFT model to each of {curve['prompts']} prompts, of which best-of-n keeps "
+        f"the one with most {curve['trained']}; one response of each PPO policy to the same prompts.",
+        "",
+        _aligned(frontier_report.table_rows(curve)),
+        "",
+        f"![Reward against the KL paid for it]({frontier_report.PICTURE_NAME})",
+        "",
+        *[line for sentence in frontier_report.sentences(curve) for line in (sentence, "")],
+    ]
 
 
 def pick_samples(before: Sequence[float], after: Sequence[float], seed: int = 0) -> list[tuple[int, str]]:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from rlhf.artifacts import sha256_file
+from rlhf.artifacts import Artifact, sha256_file
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.errors import UserError
+from rlhf.evaluation import frontier
 from rlhf.evaluation.compare import PolicySamples, compare
-from rlhf.evaluation.policies import Sampler, Scores, evaluate_policy, sampling_settings, step_dir
+from rlhf.evaluation.policies import (
+    Sampler,
+    Scores,
+    evaluate_policy,
+    kept_steps,
+    load_kept,
+    sampling_settings,
+    step_dir,
+)
 from rlhf.evaluation.report import write_report
 from rlhf.functions import load_function, source_hashes
 from rlhf.logs import append_row
@@ -21,6 +33,8 @@ from rlhf.models import check_position_limit, compute_dtype, load_model, load_to
 from rlhf.recipe import Recipe
 from rlhf.sampling import Samples, fitting_rows
 from rlhf.stage import Stage, StageContext
+
+logger = logging.getLogger(__name__)
 
 
 def check(ctx: StageContext) -> None:
@@ -60,12 +74,70 @@ def build(ctx: StageContext) -> dict[str, Any]:
     evaluated = [evaluate_policy(sampler, scores, source) for source in section.policies]
     policies = [policy for policy, _ in evaluated]
     result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed) | {"sampling": settings}
-    history = ctx.inputs["ppo"].metrics() if "ppo" in ctx.inputs else None
+    if section.best_of_n > 1:
+        result["frontier"] = reward_against_kl(ctx, sampler, scores)
+    trained = ppo_artifact(ctx)
+    history = trained.metrics() if trained else None
     write_report(ctx.dir, result, policies, history, judge=headline_judge(ctx.recipe), seed=ctx.seed)
     for policy, samples in evaluated:
         _write_samples(ctx.dir, policy, samples)
     append_row(ctx.dir / "metrics.jsonl", {"step": 0} | result["metrics"])
     return {"metrics": result["metrics"], "comparison": result}
+
+
+def reward_against_kl(ctx: StageContext, sampler: Sampler, scores: Scores) -> dict[str, Any]:
+    """Best-of-n on the SFT model and PPO at its kept steps: every score and the KL paid, on the same prompts.
+
+    Returns:
+        `best_of_n` and `steps`, rows as `frontier.frontier` and `frontier.policy_point` make them (without the scores
+        of single prompts), `published` step, `best_steps` by score, `findings`, and what they were computed from.
+    """
+    section = ctx.recipe.evaluate
+    options = {"num_resamples": section.bootstrap, "seed": ctx.seed}
+    part = replace(sampler, prompts=sampler.prompts[: section.frontier_prompts])
+    draws = [scores(part.draw(part.reference, part.renderer, number)) for number in range(section.best_of_n)]
+    columns = {name: np.array([draw[name] for draw in draws]).T for name in draws[0]}
+    rows = frontier.frontier(columns[scores.maximised], columns, **options)
+    curve: dict[str, Any] = {
+        "prompts": len(part.prompts), "samples": section.best_of_n, "scores": list(columns),
+        "trained": scores.maximised, "unseen": scores.unseen, "best_of_n": rows, "steps": [], "published": None,
+        "best_steps": {}, "findings": [], "sft_std": {name: float(values.std()) for name, values in columns.items()},
+    }  # fmt: skip
+    artifact = ppo_artifact(ctx)
+    if artifact is not None:
+        published = int(artifact.manifest["metrics"]["published_ppo_step"])
+        points = ppo_points(part, scores, artifact, published, options)
+        curve |= {
+            "steps": points,
+            "published": published,
+            "best_steps": {name: frontier.best_step(points, name) for name in columns},
+            "findings": frontier.findings(rows, points, published, scores.unseen, **options),
+        }
+        for finding in curve["findings"]:
+            logger.warning("%s", finding["text"])
+    for row in [*rows, *curve["steps"]]:
+        for point in row["scores"].values():
+            point.pop("by_prompt")
+    return curve
+
+
+def ppo_points(
+    sampler: Sampler, scores: Scores, artifact: Artifact, published: int, options: dict[str, int]
+) -> list[dict[str, Any]]:
+    """The policies of the kept steps and of the published one, by step."""
+    points = []
+    for step in sorted({*kept_steps(artifact), published}):
+        place = artifact.model_dir if step == published else step_dir(artifact, step)
+        model = load_kept(place, sampler.ctx.inputs["sft"]).to(PartialState().device).eval()
+        samples = sampler.draw(model, sampler.renderer)
+        points.append(frontier.policy_point(step, sampler.kl(model, samples), scores(samples), **options))
+    return points
+
+
+def ppo_artifact(ctx: StageContext) -> Artifact | None:
+    """The first of the policies' artifacts that PPO made."""
+    sources = [ctx.inputs[policy.artifact] for policy in ctx.recipe.evaluate.policies if policy.artifact]
+    return next((artifact for artifact in sources if artifact.stage == "ppo"), None)
 
 
 def headline_judge(recipe: Recipe) -> str | None:
@@ -102,12 +174,13 @@ def _data(recipe: Recipe) -> list[str]:
 
 def _also(recipe: Recipe) -> dict[str, Any]:
     keys = {"max_prompt_length", "response_length", "temperature", "top_p", "stop_strings", "rewards"}
+    keys |= {"keep_policies_every", "reward_aggregation"}
     functions = [source.function for source in (*recipe.ppo.rewards, *recipe.evaluate.judges)]
     folders = [Path(policy.model) for policy in recipe.evaluate.policies if policy.model]
     weights = {
         path.as_posix(): sha256_file(path) for folder in folders for path in sorted(folder.glob("*.safetensors"))
     }
-    also = {"functions": source_hashes(functions), "weights": weights, "aggregation": recipe.ppo.reward_aggregation}
+    also = {"functions": source_hashes(functions), "weights": weights}
     return recipe.ppo.model_dump(mode="json", include=keys) | also
 
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from rlhf.artifacts import Artifact
 from rlhf.evaluation.policies import kept_steps, load_kept, step_dir
+from rlhf.evaluation.stage import STAGE as EVALUATE
 from rlhf.models import load_model
 from rlhf.ppo.stage import STAGE as PPO
 from rlhf.stage import run_stage
@@ -55,3 +57,26 @@ def test_a_run_that_died_keeps_the_same_policies(tmp_path, monkeypatch):
         assert all(torch.equal(value, kept[1][step][name]) for name, value in kept[0][step].items())
     final = weights(whole)
     assert all(torch.equal(value, final[name]) for name, value in kept[0][3].items())
+
+
+def test_evaluation_shows_reward_against_kl(tmp_path):
+    rule = {"function": "tests.ppo_toys:share_of_e", "name": "rule"}
+    section = {"best_of_n": 4, "frontier_prompts": 4, "prompts": 6, "bootstrap": 200, "judges": [rule]}
+    section["policies"] = [{"artifact": "sft"}, {"artifact": "ppo"}, {"artifact": "ppo", "step": 2}]
+    ctx = toy_context(tmp_path, ppo=STEPS, evaluate=section)
+    ppo = run_stage(PPO, ctx.recipe, tmp_path, "toy", force=True)
+    artifact: Artifact = run_stage(EVALUATE, ctx.recipe, tmp_path, "toy")
+    curve = artifact.manifest["comparison"]["frontier"]
+    assert (curve["prompts"], curve["trained"], curve["unseen"]) == (4, "reward", ["rule"])
+    assert [row["n"] for row in curve["best_of_n"]] == [1, 2, 4]
+    rewards = [row["scores"]["reward"]["value"] for row in curve["best_of_n"]]
+    assert rewards == sorted(rewards) and rewards[0] < rewards[-1]
+    assert [row["step"] for row in curve["steps"]] == [2, 3]
+    assert all(row["kl"] > 0.01 for row in curve["steps"])
+    assert curve["published"] == ppo.manifest["metrics"]["published_ppo_step"] == 3
+    assert set(curve["best_steps"]) == {"reward", "rule"} and set(curve["best_steps"].values()) <= {2, 3}
+    metrics = artifact.manifest["metrics"]
+    assert metrics["ppo_step_2/reward_mean"] != metrics["ppo/reward_mean"] != metrics["sft/reward_mean"]
+    text = (artifact.path / "report.md").read_text(encoding="utf-8")
+    assert "| PPO step 3 (published) |" in text and "| best of 4, at most " in text
+    assert (artifact.path / "frontier.png").read_bytes()[:4] == b"\x89PNG"

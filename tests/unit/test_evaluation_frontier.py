@@ -68,9 +68,7 @@ def points(gold):
     """Steps 10, 20, 30 with a rising reward and the given held-back means, on 40 prompts."""
     noise = np.random.default_rng(0).normal(0, 0.1, 40)
     return [
-        frontier.policy_point(
-            f"ppo_step_{step}", step, [kl] * 40, {"reward": noise + kl, "gold": noise + mean}, num_resamples=200, seed=0
-        )
+        frontier.policy_point(step, [kl] * 40, {"reward": noise + kl, "gold": noise + mean}, num_resamples=200, seed=0)
         for step, kl, mean in zip((10, 20, 30), (1.0, 4.0, 9.0), gold, strict=True)
     ]
 
