@@ -393,6 +393,9 @@ class EvaluateSection(Section):
     frontier_prompts: int = Field(
         128, ge=2, description="Prompts of that, and of each kept PPO step; at most `prompts`."
     )
+    perplexity_rows: int = Field(
+        200, ge=0, description="Held-out rows of sft.data (its eval_split) whose perplexity shows forgetting; 0 = skip."
+    )
     judges: list[JudgeSource] = Field([], description="The first one gives the headline win rate.")
     bootstrap: int = Field(2000, ge=100, description="Resamples for the 95 % intervals.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,6 +110,12 @@ def response_logprob_sums(
         keep = attention_mask[:, -length:].bool().to(device)
         sums += torch.where(keep, logprobs, 0).sum(dim=1).tolist()
     return sums
+
+
+def perplexity(model: PreTrainedModel, texts: Samples, pad_id: int) -> float:
+    """exp of the mean loss in nats per token of given responses, at temperature 1, the EOS among their tokens."""
+    total = sum(response_logprob_sums(model, texts, 1.0, pad_id))
+    return math.exp(-total / sum(texts.lengths))
 
 
 @torch.no_grad()

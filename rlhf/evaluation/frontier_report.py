@@ -54,7 +54,7 @@ def plot_frontier(curve: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
 
     scores = curve["scores"]
     panels = len(scores) + bool(curve["steps"])
-    columns = min(panels, 3)
+    columns = 2 if panels == 4 else min(panels, 3)
     lines = -(-panels // columns)
     figure = Figure(figsize=(5.0 * columns, 4.1 * lines), dpi=130, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
@@ -77,6 +77,8 @@ def _against_kl(axes: Axes, curve: Mapping[str, Any], score: str) -> None:
         axes.annotate(str(row["n"]), (row["kl"], row["scores"][score]["value"]), xytext=(-3, 6),
                       textcoords="offset points", ha="right", fontsize=8, color=COLOURS[0])  # fmt: skip
     if steps:
+        first = best[0]["scores"][score]["value"], min(steps, key=lambda row: row["step"])
+        axes.plot([0, first[1]["kl"]], [first[0], first[1]["scores"][score]["value"]], color=COLOURS[1], linestyle=":")
         _line(axes, steps, score, COLOURS[1], "o", "PPO, a point per kept step")
         published = [row for row in steps if row["step"] == curve["published"]]
         axes.plot(

@@ -23,7 +23,7 @@ from rlhf.functions import TextFunction, call_text_function, function_name, load
 from rlhf.models import compute_dtype, load_model, load_tokenizer, tokenizer_identity
 from rlhf.ppo.rewards import aggregate
 from rlhf.recipe import JudgeSource, PolicySource, Recipe
-from rlhf.sampling import Samples, response_logprob_sums, sample_responses, score_sequences
+from rlhf.sampling import Samples, perplexity, response_logprob_sums, sample_responses, score_sequences
 from rlhf.stage import StageContext
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Sampler:
         prompts: as the data recipe gives them.
         settings: see `sampling_settings`.
         reference: the SFT model, which KL is measured against.
+        held_out: texts whose perplexity is measured; None = it is not.
     """
 
     ctx: StageContext
@@ -59,6 +60,7 @@ class Sampler:
     prompts: list
     settings: dict[str, Any]
     reference: PreTrainedModel
+    held_out: Samples | None = None
 
     def draw(self, model: PreTrainedModel, renderer: Renderer, number: int = 0) -> Samples:
         """One response per prompt; draw 0 uses the same random numbers for every policy, and so does draw 1."""
@@ -240,11 +242,28 @@ def evaluate_policy(sampler: Sampler, scores: Scores, source: PolicySource) -> t
     if tokenizer_identity(tokenizer)["hash"] != tokenizer_identity(renderer.tokenizer)["hash"]:
         renderer = Renderer(tokenizer, sampler.ctx.recipe.model.chat)
     samples, values = best_of(sampler, scores, model, renderer, source.best_of)
-    kl = None
+    kl = surprise = None
     if renderer is sampler.renderer:
         kl = [best_of_n_kl(source.best_of) + ratio for ratio in sampler.kl(model, samples)]
+        if sampler.held_out is not None and source.best_of == 1:
+            surprise = perplexity(model, sampler.held_out, renderer.tokenizer.pad_token_id)
     texts = samples.prompts, samples.responses, samples.lengths, samples.has_eos
-    return PolicySamples(source.label, *texts, kl, values), samples
+    return PolicySamples(source.label, *texts, kl, values, surprise), samples
+
+
+def held_out_texts(recipe: Recipe, renderer: Renderer) -> Samples | None:
+    """Completions that SFT did not train on, for the perplexity of every policy; None where the recipe has none."""
+    section, count = recipe.sft, recipe.evaluate.perplexity_rows
+    if not count or section.eval_split is None:
+        return None
+    rows = load_rows(load_data_recipe(section.data), section.eval_split, "sft")
+    prompts = [renderer.prompt_ids(row["prompt"]) for row in rows]
+    responses = [renderer.response_ids(row["prompt"], row["completion"]) for row in rows]
+    fits = [i for i in range(len(rows)) if len(prompts[i]) + len(responses[i]) <= section.max_length][:count]
+    texts = [renderer.prompt_text(rows[i]["prompt"]) for i in fits], [rows[i]["completion"] for i in fits]
+    if not fits:
+        return None
+    return Samples(texts[0], [prompts[i] for i in fits], texts[1], [responses[i] for i in fits], [True] * len(fits))
 
 
 def best_of(

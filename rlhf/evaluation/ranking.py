@@ -42,10 +42,11 @@ def length_controlled_win_rate(
     Raises:
         UserError: different lengths, no values, a value that is not finite.
     """
-    first, second = finite(a, "length-controlled win rate"), finite(b, "length-controlled win rate")
-    wins = (first > second) + 0.5 * (first == second)
-    difference = finite(lengths_a, "lengths") - finite(lengths_b, "lengths")
-    check_same_length({"scores": first, "baseline scores": second, "lengths": difference})
+    given = {"scores": a, "baseline scores": b, "lengths": lengths_a, "baseline lengths": lengths_b}
+    lists = {name: finite(values, f"length-controlled win rate: {name}") for name, values in given.items()}
+    check_same_length(lists)
+    first, second, own, others = lists.values()
+    wins, difference = (first > second) + 0.5 * (first == second), own - others
     spread = difference.std()
     x = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
     estimate = _at_equal_length(np.ones((1, len(wins))), wins, x)[0]

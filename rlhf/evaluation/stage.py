@@ -21,6 +21,7 @@ from rlhf.evaluation.policies import (
     Sampler,
     Scores,
     evaluate_policy,
+    held_out_texts,
     kept_steps,
     load_kept,
     sampling_settings,
@@ -70,7 +71,8 @@ def build(ctx: StageContext) -> dict[str, Any]:
     scores = Scores(ctx, columns, tokenizer.pad_token_id)
     reference = load_model(ctx.inputs["sft"].model_dir).to(PartialState().device).eval()
     settings = sampling_settings(ctx.recipe)
-    sampler = Sampler(ctx, renderer, [row["prompt"] for row in rows], settings, reference)
+    held_out = held_out_texts(ctx.recipe, renderer)
+    sampler = Sampler(ctx, renderer, [row["prompt"] for row in rows], settings, reference, held_out)
     evaluated = [evaluate_policy(sampler, scores, source) for source in section.policies]
     policies = [policy for policy, _ in evaluated]
     result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed) | {"sampling": settings}
@@ -169,7 +171,8 @@ def _inputs(recipe: Recipe) -> list[str]:
 
 def _data(recipe: Recipe) -> list[str]:
     judges = [judge.sentiment for judge in recipe.evaluate.judges if judge.sentiment]
-    return [recipe.evaluate.data or recipe.ppo.data, *judges]
+    held_out = [recipe.sft.data] if recipe.evaluate.perplexity_rows else []
+    return [recipe.evaluate.data or recipe.ppo.data, *judges, *held_out]
 
 
 def _also(recipe: Recipe) -> dict[str, Any]:
@@ -181,7 +184,8 @@ def _also(recipe: Recipe) -> dict[str, Any]:
         path.as_posix(): sha256_file(path) for folder in folders for path in sorted(folder.glob("*.safetensors"))
     }
     also = {"functions": source_hashes(functions), "weights": weights}
-    return recipe.ppo.model_dump(mode="json", include=keys) | also
+    held_out = recipe.sft.model_dump(mode="json", include={"data", "eval_split", "max_length"})
+    return recipe.ppo.model_dump(mode="json", include=keys) | also | {"sft": held_out}
 
 
 STAGE = Stage("evaluate", 2, inputs=_inputs, data=_data, check=check, build=build, also=_also)
