@@ -4,6 +4,7 @@ import sys
 
 from pipelines.cli import main
 from rlhf.artifacts import Artifact
+from rlhf.evaluation.frontier_report import sentences
 from rlhf.evaluation.report import comparison_table, display_name
 
 
@@ -14,6 +15,8 @@ def show(artifact: Artifact) -> None:
     prompts = f"{comparison['num_prompts']} held-out prompts"
     print(f"\n{' and '.join(others)} against {first} on {prompts}, with 95 % intervals:\n")
     print(comparison_table(comparison))
+    for sentence in sentences(comparison["frontier"]) if "frontier" in comparison else ():
+        print(f"\n{sentence}")
     print(f"\npicture: {artifact.path / 'comparison.png'}   samples: {artifact.path / 'report.md'}")
 
 

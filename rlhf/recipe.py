@@ -335,6 +335,27 @@ class JudgeSource(Section):
         return self
 
 
+class LlmJudgeSection(Section):
+    """A language model that says which of two answers is better, over an OpenAI-compatible URL, asked in both orders."""
+
+    url: str = Field(pattern=r"^https?://", description="Base URL, such as `http://localhost:8000/v1`.")
+    model: str = Field(description="Name of the model there.")
+    environment_variable: str | None = Field(
+        "OPENAI_API_KEY", description="Holds the key, which is sent to that URL alone; null = a server without keys."
+    )
+    criterion: str = Field(
+        "You compare two answers to one prompt. Judge how helpful, correct and well written they are, and not their "
+        "length or their order.",
+        description="What the judge is told to look at.",
+    )
+    name: str = Field("llm", pattern=r"^[^\s/]+$", description="Name of its columns in the report.")
+    prompts: int = Field(100, ge=2, description="Pairs per policy, two requests each; the first ones of `prompts`.")
+    max_tokens: int = Field(8, ge=1, description="Longest reply; more for a model that thinks first.")
+    concurrency: int = Field(8, ge=1, le=256, description="Requests under way at once.")
+    timeout: float = Field(60.0, gt=0, description="Seconds for one reply.")
+    retries: int = Field(3, ge=0, description="Further attempts after overload, a timeout or an error of the server.")
+
+
 class PolicySource(Section):
     """A policy to evaluate: exactly one of `artifact` and `model`."""
 
@@ -397,6 +418,7 @@ class EvaluateSection(Section):
         200, ge=0, description="Held-out rows of sft.data (its eval_split) whose perplexity shows forgetting; 0 = skip."
     )
     judges: list[JudgeSource] = Field([], description="The first one gives the headline win rate.")
+    llm_judge: LlmJudgeSection | None = Field(None, description="A language model as judge; null = none.")
     bootstrap: int = Field(2000, ge=100, description="Resamples for the 95 % intervals.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
 

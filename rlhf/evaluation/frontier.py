@@ -124,7 +124,8 @@ def findings(
 ) -> list[dict[str, Any]]:
     """What went wrong with the published step, each with its name, the score that shows it and a line in words.
 
-    Only what the 95 % interval of the difference, paired by prompt, leaves no doubt about:
+    Only what the interval of the difference, paired by prompt, leaves no doubt about. The best of many comparisons looks
+    good by luck, so the intervals are those of 95 % for all of them together (Bonferroni):
 
     - `over_optimised`: an earlier kept step had more of a score that PPO did not maximise.
     - `beaten_by_best_of_n`: some best-of-n pays no more KL than the policy and has more of the score.
@@ -144,9 +145,10 @@ def findings(
         for kind, others in (("over_optimised", earlier), ("beaten_by_best_of_n", cheaper)):
             if not others:
                 continue
+            confidence = 1 - 0.05 / (len(others) * len(unseen))
             best = max(others, key=lambda other: other["scores"][score]["value"])
             lost = np.subtract(best["scores"][score]["by_prompt"], policy["scores"][score]["by_prompt"])
-            interval = bootstrap_interval(lost, num_resamples=num_resamples, seed=seed)
+            interval = bootstrap_interval(lost, confidence=confidence, num_resamples=num_resamples, seed=seed)
             if interval.low > 0:
                 what = f"step {best['step']}" if "step" in best else f"best-of-{best['n']} of the SFT model"
                 text = (

@@ -36,7 +36,7 @@ def sentences(curve: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Published is step {curve['published']}. The best of the kept steps is {', '.join([*unseen, rewarded])}."
         )
-        lines += [f"**{finding['text']}.**" for finding in curve["findings"]]
+        lines += [f"{finding['text']}." for finding in curve["findings"]]
         if not curve["findings"]:
             lines.append("No score that PPO did not see was surely higher at an earlier step or with best-of-n.")
     return lines

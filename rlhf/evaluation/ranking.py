@@ -11,7 +11,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.statistics import Interval, check_same_length, finite
 
 _NUMBERS_PER_BLOCK = 4_000_000  # float64 of a block of resamples: 32 MB, whatever the number of responses
-_NEWTON_STEPS, _MM_STEPS = 25, 200
+_NEWTON_STEPS, _MM_STEPS, _CONVERGED = 50, 200, 1e-9
 _RIDGE = 0.1  # on the length coefficient: finite where length alone decides every win
 
 
@@ -68,8 +68,10 @@ def _at_equal_length(
         h11 = curvature @ (x * x) + _RIDGE
         determinant = h00 * h11 - h01 * h01
         # A step of at most 2 logits: the first ones overshoot where wins are all on one side.
-        constant = constant + np.clip((h11 * g0 - h01 * g1) / determinant, -2, 2)
-        slope = slope + np.clip((h00 * g1 - h01 * g0) / determinant, -2, 2)
+        steps = np.clip([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0] / determinant, -2, 2)
+        constant, slope = constant + steps[0], slope + steps[1]
+        if np.abs(steps).max() < _CONVERGED:
+            break
     return _sigmoid(constant)
 
 

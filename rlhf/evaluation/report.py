@@ -46,10 +46,11 @@ def comparison_table(result: Mapping[str, Any]) -> str:
         row = [label, *(_with_interval(metrics, f"{name}/{key}", digits) for name in result["policies"])]
         ratios = [metrics.get(f"{name}_vs_{first}/{ratio}") for name in others[:change]]
         rows.append(row + ["-" if value is None else f"x {value:.2f}" for value in ratios])
-    for label, key in (("win rate over", "win_rate"), ("at equal length", "lc_win_rate")):
-        for score in result["scores"]:
+    base = display_name(first)
+    for label, key in ((f"win rate over {base} by", "win_rate"), ("the same at equal length, by", "lc_win_rate")):
+        for score in [*result["scores"], *([result["pairwise"]["name"]] if "pairwise" in result else [])]:
             keys = [f"{name}_vs_{first}/{key}_{score}" for name in others]
-            row = [f"{label} {display_name(first)} by {score}", "-", *(_with_interval(metrics, key, 3) for key in keys)]
+            row = [f"{label} {score}", "-", *(_with_interval(metrics, key, 3) for key in keys)]
             rows.append(row + ["-"] * change)
     for score in result["scores"] if not change else ():
         keys = [f"{name}/strength_{score}" for name in result["policies"]]

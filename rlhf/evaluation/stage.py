@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.errors import UserError
 from rlhf.evaluation import frontier
 from rlhf.evaluation.compare import PolicySamples, compare
+from rlhf.evaluation.llm_judge import judge_pairs, read_key
 from rlhf.evaluation.policies import (
     Sampler,
     Scores,
@@ -27,11 +29,13 @@ from rlhf.evaluation.policies import (
     sampling_settings,
     step_dir,
 )
+from rlhf.evaluation.ranking import length_controlled_win_rate
 from rlhf.evaluation.report import write_report
+from rlhf.evaluation.statistics import bootstrap_interval
 from rlhf.functions import load_function, source_hashes
 from rlhf.logs import append_row
 from rlhf.models import check_position_limit, compute_dtype, load_model, load_tokenizer
-from rlhf.recipe import Recipe
+from rlhf.recipe import LlmJudgeSection, Recipe
 from rlhf.sampling import Samples, fitting_rows
 from rlhf.stage import Stage, StageContext
 
@@ -42,6 +46,8 @@ def check(ctx: StageContext) -> None:
     """See `Stage.check`."""
     section, ppo = ctx.recipe.evaluate, ctx.recipe.ppo
     compute_dtype(ctx.recipe)
+    if section.llm_judge is not None:
+        read_key(section.llm_judge)
     for judge in section.judges:
         if judge.function is not None:
             load_function(judge.function)
@@ -76,6 +82,8 @@ def build(ctx: StageContext) -> dict[str, Any]:
     evaluated = [evaluate_policy(sampler, scores, source) for source in section.policies]
     policies = [policy for policy, _ in evaluated]
     result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed) | {"sampling": settings}
+    if section.llm_judge is not None:
+        ask_llm(section.llm_judge, policies, result, {"num_resamples": section.bootstrap, "seed": ctx.seed})
     if section.best_of_n > 1:
         result["frontier"] = reward_against_kl(ctx, sampler, scores)
     trained = ppo_artifact(ctx)
@@ -85,6 +93,34 @@ def build(ctx: StageContext) -> dict[str, Any]:
         _write_samples(ctx.dir, policy, samples)
     append_row(ctx.dir / "metrics.jsonl", {"step": 0} | result["metrics"])
     return {"metrics": result["metrics"], "comparison": result}
+
+
+def ask_llm(
+    section: LlmJudgeSection, policies: Sequence[PolicySamples], result: dict[str, Any], options: dict[str, int]
+) -> None:
+    """Add the LLM judge's win rates over the first policy to `result`."""
+    first, *others = policies
+    count = min(section.prompts, len(first.prompts))
+    prompts, lengths = first.prompts[:count], first.lengths[:count]
+    result["pairwise"] = {"name": section.name, "model": section.model, "pairs": count}
+    for policy in others:
+        verdicts = judge_pairs(section, prompts, policy.responses[:count], first.responses[:count])
+        pair, wins = f"{policy.name}_vs_{first.name}", verdicts.wins
+        rate = bootstrap_interval(wins, clusters=prompts, **options)
+        equal = length_controlled_win_rate(
+            wins, [0.5] * count, policy.lengths[:count], lengths, clusters=prompts, **options
+        )
+        for key, interval in (("win_rate", rate), ("lc_win_rate", equal)):
+            name = f"{pair}/{key}_{section.name}"
+            limits = {f"{name}_low": interval.low, f"{name}_high": interval.high}
+            result["metrics"] |= {name: interval.value, **limits}
+        result["metrics"][f"{pair}/order_agreement_{section.name}"] = verdicts.agreement
+        if verdicts.unread > 0.1:
+            logger.warning(
+                "llm judge: %.0f %% of the replies were neither A, B nor tie: raise evaluate.llm_judge.max_tokens, or "
+                "take a model that follows instructions",
+                100 * verdicts.unread,
+            )
 
 
 def reward_against_kl(ctx: StageContext, sampler: Sampler, scores: Scores) -> dict[str, Any]:
