@@ -336,7 +336,7 @@ class JudgeSource(Section):
 
 
 class LlmJudgeSection(Section):
-    """A language model that says which of two answers is better, over an OpenAI-compatible URL, asked in both orders."""
+    """A language model that says which of two answers is better, over an OpenAI-compatible URL; both orders count."""
 
     url: str = Field(pattern=r"^https?://", description="Base URL, such as `http://localhost:8000/v1`.")
     model: str = Field(description="Name of the model there.")

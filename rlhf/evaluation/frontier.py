@@ -124,8 +124,8 @@ def findings(
 ) -> list[dict[str, Any]]:
     """What went wrong with the published step, each with its name, the score that shows it and a line in words.
 
-    Only what the interval of the difference, paired by prompt, leaves no doubt about. The best of many comparisons looks
-    good by luck, so the intervals are those of 95 % for all of them together (Bonferroni):
+    Only what the interval of the difference, paired by prompt, leaves no doubt about. The best of many looks good by
+    luck, so the intervals are those of 95 % for all of them together (Bonferroni):
 
     - `over_optimised`: an earlier kept step had more of a score that PPO did not maximise.
     - `beaten_by_best_of_n`: some best-of-n pays no more KL than the policy and has more of the score.
