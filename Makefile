@@ -76,7 +76,7 @@ ppo: $(STAMP) ## PPO, then evaluate
 	@$(call RUN_STAGE,ppo)
 	@$(call UNFORCED,evaluate)
 
-evaluate: $(STAMP) ## SFT against PPO on held-out prompts: table, picture, samples
+evaluate: $(STAMP) ## SFT against PPO on held-out prompts: table, reward against KL, pictures, samples
 	@$(call RUN_STAGE,evaluate)
 
 report: $(STAMP) ## redo the report on a finished stage: STAGE=reward

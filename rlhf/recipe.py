@@ -347,6 +347,12 @@ class PPOSection(Section):
         None, ge=1, description="ppo_steps between checkpoints; null = only at the end."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that stay, beside the best step's weights.")
+    keep_policies_every: int | None = Field(
+        None,
+        ge=1,
+        description="ppo_steps between policies that the artifact keeps in policies/ (with LoRA: adapters), for the "
+        "over-optimisation curve; null = none.",
+    )
     sample_every: int = Field(10, ge=1, description="ppo_steps between rows in samples.jsonl.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
@@ -403,8 +409,11 @@ class PPOSection(Section):
 
 
 class JudgeSource(Section):
-    """A judge that no stage trained on: exactly one of the three."""
+    """A judge that no stage trained on: exactly one of the four."""
 
+    artifact: str | None = Field(
+        None, description="A reward model that PPO never saw, such as `reward_b` of this run, or the path of one."
+    )
     sentiment: str | None = Field(None, description="Data recipe of labelled texts; TF-IDF + logistic regression.")
     vader: bool = Field(False, description="VADER's compound score.")
     function: str | None = Field(None, description="`package.module:callable`, as in ppo.rewards.")
@@ -412,20 +421,105 @@ class JudgeSource(Section):
 
     @model_validator(mode="after")
     def _one_judge(self) -> JudgeSource:
-        if sum([self.sentiment is not None, self.vader, self.function is not None]) != 1:
-            raise ValueError("give exactly one of `sentiment`, `vader` and `function`")
+        sources = [self.sentiment, self.function, self.artifact, self.vader or None]
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError("give exactly one of `artifact`, `sentiment`, `vader` and `function`")
         return self
 
 
+class LlmJudgeSection(Section):
+    """A language model that says which of two answers is better, over an OpenAI-compatible URL; both orders count."""
+
+    url: str = Field(pattern=r"^https?://", description="Base URL, such as `http://localhost:8000/v1`.")
+    model: str = Field(description="Name of the model there.")
+    environment_variable: str | None = Field(
+        "OPENAI_API_KEY", description="Holds the key, which is sent to that URL alone; null = a server without keys."
+    )
+    criterion: str = Field(
+        "You compare two answers to one prompt. Judge how helpful, correct and well written they are, and not their "
+        "length or their order.",
+        description="What the judge is told to look at.",
+    )
+    name: str = Field("llm", pattern=r"^[^\s/]+$", description="Name of its columns in the report.")
+    prompts: int = Field(100, ge=2, description="Pairs per policy, two requests each; the first ones of `prompts`.")
+    max_tokens: int = Field(8, ge=1, description="Longest reply; more for a model that thinks first.")
+    concurrency: int = Field(8, ge=1, le=256, description="Requests under way at once.")
+    timeout: float = Field(60.0, gt=0, description="Seconds for one reply.")
+    retries: int = Field(3, ge=0, description="Further attempts after overload, a timeout or an error of the server.")
+
+
+class PolicySource(Section):
+    """A policy to evaluate: exactly one of `artifact` and `model`."""
+
+    artifact: str | None = Field(None, description="A stage of this run (`sft`, `ppo`) or the path of an artifact.")
+    step: int | None = Field(
+        None, ge=1, description="With `artifact: ppo`: one of the steps of ppo.keep_policies_every."
+    )
+    model: str | None = Field(None, description="Hub id, or a local folder, of any causal language model.")
+    revision: str | None = Field(None, description="Hub revision of `model`.")
+    best_of: int = Field(1, ge=1, description="Sample so many responses and keep the one that ppo.rewards like best.")
+    name: str | None = Field(
+        None, pattern=r"^[^\s/]+$", description="One word, in tables and metric keys; null = made from the rest."
+    )
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> PolicySource:
+        if (self.artifact is None) == (self.model is None):
+            raise ValueError("give exactly one of `artifact` and `model`")
+        if self.step is not None and self.artifact is None:
+            raise ValueError("`step` needs an `artifact`: only a ppo stage keeps policies of its steps")
+        if self.revision is not None and self.model is None:
+            raise ValueError("`revision` needs a `model` on the Hub")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Its name: the one given, or such as `ppo_step_20` and `sft_best_of_16`."""
+        if self.name is not None:
+            return self.name
+        place = "_".join(Path(self.artifact or self.model or "").name.split())
+        step = f"_step_{self.step}" if self.step is not None else ""
+        return place + step + (f"_best_of_{self.best_of}" if self.best_of > 1 else "")
+
+
 class EvaluateSection(Section):
-    """SFT against PPO on held-out prompts."""
+    """Two or more policies on held-out prompts: did PPO help?"""
 
     data: str | None = Field(None, description="Data recipe of prompts; null = ppo.data.")
     split: str = Field("test", description="The held-out split.")
     prompts: int = Field(256, ge=2, description="Number of prompts.")
+    policies: list[PolicySource] = Field(
+        [PolicySource(artifact="sft"), PolicySource(artifact="ppo")],
+        min_length=2,
+        description="The first is the baseline of every comparison. KL is always measured against `sft`.",
+    )
+    temperature: float | None = Field(None, gt=0, description="Of sampling and of the KL; null = ppo.temperature.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus sampling; null = ppo.top_p.")
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="Above 1, tokens that a response already has become less likely. Keskar et al. 2019."
+    )
+    best_of_n: int = Field(
+        16,
+        ge=1,
+        description="Samples per prompt of the SFT model for reward against KL (best of 1, 2, 4, ...); 1 = off.",
+    )
+    frontier_prompts: int = Field(
+        128, ge=2, description="Prompts of that, and of each kept PPO step; at most `prompts`."
+    )
+    perplexity_rows: int = Field(
+        200, ge=0, description="Held-out rows of sft.data (its eval_split) whose perplexity shows forgetting; 0 = skip."
+    )
     judges: list[JudgeSource] = Field([], description="The first one gives the headline win rate.")
+    llm_judge: LlmJudgeSection | None = Field(None, description="A language model as judge; null = none.")
     bootstrap: int = Field(2000, ge=100, description="Resamples for the 95 % intervals.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluateSection:
+        names = [policy.label for policy in self.policies]
+        if len(set(names)) < len(names):
+            raise ValueError(f"policies are named {names}: give each its own `name`")
+        return self
 
 
 class HardwareSection(Section):
@@ -469,9 +563,7 @@ class Recipe(Section):
         if (self.model.base is None) == (not from_scratch):
             raise ValueError("give exactly one of model.base and pretrain.architecture")
         if self.evaluate is not None and self.ppo is None:
-            raise ValueError(
-                "`evaluate` compares the policies of sft and ppo: add a `ppo` section or remove `evaluate`"
-            )
+            raise ValueError("`evaluate` samples and scores as `ppo` does: add a `ppo` section or remove `evaluate`")
         return self
 
     def stage_seed(self, stage: str) -> int:

@@ -29,6 +29,7 @@ from rlhf.ppo.build import (
     critic_source,
     is_adapter_of,
     publish_models,
+    publish_policies,
     wants_compile,
     wants_graphs,
 )
@@ -232,6 +233,7 @@ def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: PreTrainedTokeni
         metrics["critic_bias"] = float(state["value_bias"])
     if trainer.accelerator.is_main_process:
         publish_models(ctx, tokenizer, state)
+        publish_policies(ctx, tokenizer, trainer.checkpointer.policies())
         write_card(ctx, metrics, "Policy aligned with PPO; its critic is beside it in `critic/`.")
     return {
         "tokenizer": tokenizer_identity(tokenizer),

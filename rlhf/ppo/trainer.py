@@ -182,6 +182,8 @@ class PPOTrainer:
             self.writer.write_samples(self.ppo_step, rollout if sampled else None, fixed)
             if self.bad_updates.too_many:
                 self._give_up()
+            if self._due(self.config.keep_policies_every):
+                self.checkpointer.save_policy(self)  # before the checkpoint, after which this step is not run again
             signal, bad = requested(), self._had_bad_update()
             # Not in a step with a bad update: the checkpoint from before it stays.
             if not bad and (signal or self._due(self.config.checkpoint_every or self.config.total_steps)):

@@ -174,6 +174,18 @@ def test_movie_reviews_pairs_do_not_give_the_answer_away():
     assert 0.4 < longer < 0.6
 
 
+def test_halves_for_a_held_back_reward_model_share_no_sentence():
+    halves, whole = load_data_recipe("movie_reviews_pairs_halves"), load_data_recipe("movie_reviews_pairs")
+
+    def texts(recipe, split):
+        return {row["text"] for row in load_rows(recipe, split, "text")}
+
+    one, other = texts(halves, "half_a"), texts(halves, "half_b")
+    assert not one & other and one | other == texts(whole, "train")
+    assert 0.95 < len(one) / len(other) < 1.05
+    assert texts(halves, "test") == texts(whole, "test")
+
+
 def test_imdb_text_and_judge_are_disjoint_and_the_text_has_no_label():
     text_recipe, judge_recipe = (
         load_data_recipe("movie_reviews_imdb_text"),
