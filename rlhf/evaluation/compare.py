@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from rlhf.errors import UserError
 from rlhf.evaluation.ranking import bradley_terry, length_controlled_win_rate
@@ -69,50 +69,59 @@ def compare(samples: Sequence[PolicySamples], *, num_resamples: int = 2000, seed
     """
     _check(samples)
     baseline = samples[0]
-    clusters = baseline.prompts
+    options = {"clusters": baseline.prompts, "num_resamples": num_resamples, "seed": seed}
     metrics: dict[str, float] = {}
-
-    def add(key: str, interval: Interval) -> None:
-        metrics.update({key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high})
-
-    def mean(values: ArrayLike) -> Interval:
-        return bootstrap_interval(values, clusters=clusters, num_resamples=num_resamples, seed=seed)
-
     for policy in samples:
-        for measure, values in _measures(policy).items():
-            add(f"{policy.name}/{measure if measure.endswith('_rate') else f'{measure}_mean'}", mean(values))
-        metrics |= {f"{policy.name}/{measure}": value for measure, value in _of_the_set(policy).items()}
+        metrics |= _own(policy, options)
     for policy in samples[1:]:
-        pair = f"{policy.name}_vs_{baseline.name}"
-        for score, scores in policy.scores.items():
-            both, options = (scores, baseline.scores[score]), {"num_resamples": num_resamples, "seed": seed}
-            add(f"{pair}/win_rate_{score}", win_rate(*both, clusters=clusters, **options))
-            lengths = policy.lengths, baseline.lengths
-            add(
-                f"{pair}/lc_win_rate_{score}", length_controlled_win_rate(*both, *lengths, clusters=clusters, **options)
-            )
-        before = _measures(baseline)
-        for measure, values in _measures(policy).items():
-            if measure in before:
-                add(f"{pair}/{measure}_delta", mean(values - before[measure]))
-        diversity = metrics[f"{baseline.name}/distinct_2"]
-        # 0 / 0 where no response has two tokens: nothing changed, and JSON has no NaN.
-        ratio = metrics[f"{policy.name}/distinct_2"] / diversity if diversity else 1.0
-        metrics[f"{pair}/distinct_2_ratio"] = ratio
-        if policy.perplexity is not None and baseline.perplexity is not None:
-            metrics[f"{pair}/perplexity_ratio"] = policy.perplexity / baseline.perplexity
+        metrics |= _against(policy, baseline, options)
     for score in baseline.scores if len(samples) > 2 else ():
-        lists = [policy.scores[score] for policy in samples]
-        strengths = bradley_terry(lists, clusters=clusters, num_resamples=num_resamples, seed=seed)
+        strengths = bradley_terry([policy.scores[score] for policy in samples], **options)
         for policy, strength in zip(samples, strengths, strict=True):
-            add(f"{policy.name}/strength_{score}", strength)
+            metrics |= with_limits(f"{policy.name}/strength_{score}", strength)
     return {
         "policies": [policy.name for policy in samples],
         "scores": list(baseline.scores),
-        "num_responses": len(clusters),
-        "num_prompts": len(set(clusters)),
+        "num_responses": len(baseline.prompts),
+        "num_prompts": len(set(baseline.prompts)),
         "metrics": metrics,
     }
+
+
+def with_limits(key: str, interval: Interval) -> dict[str, float]:
+    """The value under its key, its limits beside it."""
+    return {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
+
+
+def _own(policy: PolicySamples, options: dict[str, Any]) -> dict[str, float]:
+    """What is measured of one policy."""
+    metrics: dict[str, float] = {}
+    for measure, values in _measures(policy).items():
+        key = measure if measure.endswith("_rate") else f"{measure}_mean"
+        metrics |= with_limits(f"{policy.name}/{key}", bootstrap_interval(values, **options))
+    return metrics | {f"{policy.name}/{measure}": value for measure, value in _of_the_set(policy).items()}
+
+
+def _against(policy: PolicySamples, baseline: PolicySamples, options: dict[str, Any]) -> dict[str, float]:
+    """What is measured of a policy against the baseline, paired by prompt."""
+    pair = f"{policy.name}_vs_{baseline.name}"
+    metrics: dict[str, float] = {}
+    for score, scores in policy.scores.items():
+        both, lengths = (scores, baseline.scores[score]), (policy.lengths, baseline.lengths)
+        equal = length_controlled_win_rate(*both, *lengths, **options)
+        metrics |= with_limits(f"{pair}/win_rate_{score}", win_rate(*both, **options))
+        metrics |= with_limits(f"{pair}/lc_win_rate_{score}", equal)
+    before = _measures(baseline)
+    for measure, values in _measures(policy).items():
+        if measure in before:
+            delta = bootstrap_interval(values - before[measure], **options)
+            metrics |= with_limits(f"{pair}/{measure}_delta", delta)
+    diversity = distinct_n(baseline.responses, 2)
+    # 0 / 0 where no response has two tokens: nothing changed, and JSON has no NaN.
+    metrics[f"{pair}/distinct_2_ratio"] = distinct_n(policy.responses, 2) / diversity if diversity else 1.0
+    if policy.perplexity is not None and baseline.perplexity is not None:
+        metrics[f"{pair}/perplexity_ratio"] = policy.perplexity / baseline.perplexity
+    return metrics
 
 
 def _measures(policy: PolicySamples) -> dict[str, NDArray[np.float64]]:

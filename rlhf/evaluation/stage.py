@@ -17,7 +17,7 @@ from rlhf.artifacts import Artifact, sha256_file
 from rlhf.data import Renderer
 from rlhf.errors import UserError
 from rlhf.evaluation import frontier
-from rlhf.evaluation.compare import PolicySamples, compare
+from rlhf.evaluation.compare import PolicySamples, compare, with_limits
 from rlhf.evaluation.llm_judge import judge_pairs, read_key
 from rlhf.evaluation.policies import (
     Sampler,
@@ -110,10 +110,8 @@ def ask_llm(
         equal = length_controlled_win_rate(
             wins, [0.5] * count, policy.lengths[:count], lengths, clusters=prompts, **options
         )
-        for key, interval in (("win_rate", rate), ("lc_win_rate", equal)):
-            name = f"{pair}/{key}_{section.name}"
-            limits = {f"{name}_low": interval.low, f"{name}_high": interval.high}
-            result["metrics"] |= {name: interval.value, **limits}
+        result["metrics"] |= with_limits(f"{pair}/win_rate_{section.name}", rate)
+        result["metrics"] |= with_limits(f"{pair}/lc_win_rate_{section.name}", equal)
         result["metrics"][f"{pair}/order_agreement_{section.name}"] = verdicts.agreement
         if verdicts.unread > 0.1:
             logger.warning(
