@@ -2,13 +2,14 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
-from rlhf.evaluation.policies import sampling_settings
+from rlhf.evaluation.policies import Scores, sampling_settings
 from rlhf.evaluation.stage import STAGE
 from rlhf.recipe import EvaluateSection, PolicySource, Recipe
 from rlhf.stage import run_stage
@@ -128,3 +129,14 @@ def test_a_judge_may_be_a_reward_model_but_not_any_artifact(root):
         evaluated(root, policies=policies, judges=[{"artifact": "sft"}])
     with pytest.raises(UserError, match=r"'reward' is a source of ppo\.rewards too"):
         evaluated(root, policies=policies, judges=[{"name": "reward", "vader": True}])
+
+
+def test_what_ppo_maximised_is_made_of_its_sources_as_in_ppo(tmp_path):
+    first, second = "tests.ppo_toys:share_of_e", "tests.ppo_toys:length_in_words"
+    ppo = {"rewards": [{"function": first}, {"function": second}]}
+    ppo |= {"reward_aggregation": "penalised", "uncertainty_coef": 2.0}
+    recipe = Recipe.model_validate(toy_recipe(tmp_path, evaluate={}, ppo=ppo))
+    scores = Scores(SimpleNamespace(recipe=recipe, inputs={}), {}, pad_id=0)
+    assert scores.maximised == "combined"
+    # Mean minus twice the std; of two that is half their distance.
+    assert scores.trained({first: [1.0, 2.0], second: [3.0, 2.0]}) == [0.0, 2.0]
