@@ -126,7 +126,8 @@ def main() -> None:
         for number in range(args.warmup + args.updates):
             for name, side in sides.items():
                 rows[name].append(side.step())
-                print(f"{name} update {number}: {rows[name][-1]['seconds']:.2f} s", file=sys.stderr)
+                row = {key: round(value, 2) for key, value in rows[name][-1].items() if isinstance(value, float)}
+                print(f"{name} update {number}: {row}", file=sys.stderr)
     print("| side | s per update | generate | score | train | first |", "| --- " * 6 + "|", sep="\n")
     keys = ("seconds", "generate", "score", "train")
     medians = {

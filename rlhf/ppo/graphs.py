@@ -15,13 +15,12 @@ from torch import Tensor
 
 from rlhf.models import explicit_masks
 
-EAGER_CALLS = 2  # with the same shapes, before they are recorded: kernels are compiled and chosen, and most shapes pass
-GRAPH_MULTIPLES = 8, 32  # rows and columns of batches are padded to multiples, so that few shapes come
-MAX_GRAPHS = 64  # each keeps a little memory; activations share one pool
+EAGER_CALLS = 1  # with the same shapes, before they are recorded: kernels are compiled and chosen
+MAX_GRAPHS = 128  # each keeps a little memory; activations share one pool
 
 
 class Graphed:
-    """Calls `function`; replays it as a CUDA graph where its arguments have the same shapes for the third time.
+    """Calls `function`; replays it as a CUDA graph where its arguments have the same shapes for the second time.
 
     What `function` computes must depend on its arguments and on memory that stays where it is (weights, gradients), and
     it must not wait for the device.

@@ -5,12 +5,48 @@ part, so no plan has to be exchanged. The losses do not depend on it (they divid
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy
 
 
+class Sizes(NamedTuple):
+    """Sizes that something is rounded up to: multiples of `smallest`, and at most `per_octave` between n and 2n."""
+
+    smallest: int = 1
+    per_octave: int | None = None
+
+    def __call__(self, size: int) -> int:
+        """The least of them that is not below `size` >= 1."""
+        unit = self.smallest
+        if self.per_octave and size > unit:
+            unit = max(unit, 2 ** ((size - 1).bit_length() - 1) // self.per_octave)
+        return -(-size // unit) * unit
+
+
+class Shapes(NamedTuple):
+    """How micro-batches are cut.
+
+    Attributes:
+        overhead: what a micro-batch costs beside its area, in tokens: Python and launches while the device waits.
+        rows, columns, responses: sizes of a micro-batch, and of its response columns.
+    """
+
+    overhead: int = 0
+    rows: Sizes = Sizes()
+    columns: Sizes = Sizes()
+    responses: Sizes = Sizes()
+
+
+EXACT = Shapes()
+CPU = Shapes(64)
+GPU = Shapes(8192)  # an estimate: at 135M the host needs as long for a micro-batch as the GPU for 26,000 tokens
+# A CUDA graph holds one shape: few of them, which come again.
+GRAPHS = Shapes(2048, Sizes(1, 2), Sizes(32, 4), Sizes(64, 2))
+
+
 def plan_micro_batches(
-    lengths: Sequence[int], max_tokens: int, num_ranks: int, overhead: int = 0
+    lengths: Sequence[int], max_tokens: int, num_ranks: int, shapes: Shapes = EXACT
 ) -> list[list[list[int]]]:
     """Spread rows over ranks, balanced by tokens, and pack each rank's rows into micro-batches.
 
@@ -24,7 +60,7 @@ def plan_micro_batches(
         max_tokens: largest padded area of a micro-batch: its rows times the longest of them. A row that is longer
             than that gets a micro-batch of its own.
         num_ranks: number of processes; >= 1.
-        overhead: what a micro-batch costs beside its area (Python, kernel launches), in tokens; >= 0.
+        shapes: what a micro-batch costs, and the sizes that it is rounded up to.
 
     Returns:
         plan[rank][micro_batch] = row indices, longest first. Every row appears exactly once. The token sums of any
@@ -42,7 +78,7 @@ def plan_micro_batches(
         if length < 1:
             raise ValueError(f"lengths[{row}] is {length}; a row holds at least one token")
 
-    plans = [_pack(rows, lengths, max_tokens, overhead) for rows in _spread(lengths, num_ranks)]
+    plans = [_pack(rows, lengths, max_tokens, shapes) for rows in _spread(lengths, num_ranks)]
     n_micro_batches = max(len(plan) for plan in plans)
     for plan in plans:
         _stretch(plan, lengths, n_micro_batches)
@@ -60,15 +96,16 @@ def _spread(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return ranks
 
 
-def _pack(rows: list[int], lengths: Sequence[int], max_tokens: int, overhead: int) -> list[list[int]]:
+def _pack(rows: list[int], lengths: Sequence[int], max_tokens: int, shapes: Shapes) -> list[list[int]]:
     """Cut rows, longest first, where padded area and overhead sum to the least (dynamic programming over the cuts)."""
-    widths = numpy.array([lengths[row] for row in rows], dtype=numpy.int64)
+    widths = numpy.array([shapes.columns(lengths[row]) for row in rows], dtype=numpy.int64)
+    heights = numpy.array([shapes.rows(count) for count in range(1, len(rows) + 1)], dtype=numpy.int64)
     least = numpy.zeros(len(rows) + 1)  # of the first n rows
     cuts = [0] * (len(rows) + 1)  # where the last micro-batch of the first n rows begins
     for end in range(1, len(rows) + 1):
-        area = numpy.arange(end, 0, -1) * widths[:end]  # of the rows from each start on
-        total = numpy.where(area <= max_tokens, least[:end] + area + overhead, numpy.inf)
-        total[-1] = least[end - 1] + widths[end - 1] + overhead  # a row alone is always allowed
+        area = heights[end - 1 :: -1] * widths[:end]  # of the rows from each start on
+        total = numpy.where(area <= max_tokens, least[:end] + area + shapes.overhead, numpy.inf)
+        total[-1] = least[end - 1] + area[-1] + shapes.overhead  # a row alone is always allowed
         cuts[end] = int(total.argmin())
         least[end] = total[cuts[end]]
     micro_batches, end = [], len(rows)

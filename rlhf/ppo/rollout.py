@@ -18,10 +18,7 @@ from torch import Tensor
 
 from rlhf.ppo.generation import Generated, Generator
 from rlhf.ppo.generation.plain import left_pad
-from rlhf.ppo.packing import plan_micro_batches
-
-# What a micro-batch costs beside its tokens, in tokens: Python and small kernels; on a GPU launches, while it waits.
-CPU_OVERHEAD, GPU_OVERHEAD = 64, 2048
+from rlhf.ppo.packing import EXACT, Shapes, plan_micro_batches
 
 
 @dataclass
@@ -37,7 +34,7 @@ class Rollout:
         raw_scores: per reward source [B]; scores: [B] what PPO maximises.
         prompts, responses: text, for reward functions and people.
         columns: extra dataset columns, by name.
-        row_multiple, column_multiple: sizes of batches are rounded up to them, so that their shapes come again.
+        shapes: how batches are cut and rounded up.
     """
 
     prompt_ids: Tensor
@@ -55,8 +52,7 @@ class Rollout:
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))
     raw_scores: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
-    row_multiple: int = 1
-    column_multiple: int = 1
+    shapes: Shapes = EXACT
 
     @cached_property
     def prompt_lengths(self) -> list[int]:
@@ -73,13 +69,13 @@ class Rollout:
 
         Where sizes are rounded up, rows without a token that counts are added at the end.
         """
-        filled = [*rows, *[rows[0]] * self._more(len(rows), self.row_multiple)]
+        filled = [*rows, *[rows[0]] * (self.shapes.rows(len(rows)) - len(rows))]
         index = torch.tensor(filled, device=self.prompt_ids.device)
-        length = max(self.response_lengths[row] for row in rows)
+        longest = max(self.response_lengths[row] for row in rows)
         width = max(self.prompt_lengths[row] + self.response_lengths[row] for row in rows)
-        length += self._more(length, self.column_multiple)
-        width = max(width, length + 1)  # a token's log-probability comes from the position before it
-        width += self._more(width, self.column_multiple)
+        # A token's log-probability comes from the position before it.
+        width = self.shapes.columns(max(width, longest + 1))
+        length = min(self.shapes.responses(longest), width - 1)
         responses = self.response_mask[index].sum(1, keepdim=True)
         tokens = self.prompt_mask[index].sum(1, keepdim=True) + responses
         columns = torch.arange(width, device=index.device) - width
@@ -95,10 +91,6 @@ class Rollout:
             length=length,
             shift=shift,
         )
-
-    @staticmethod
-    def _more(needed: int, multiple: int) -> int:
-        return -needed % multiple
 
 
 @dataclass
@@ -184,7 +176,7 @@ def sample(
     decode: Callable[[Sequence[int]], str],
     prompts: list[str],
     columns: dict[str, list],
-    multiples: tuple[int, int] = (1, 1),
+    shapes: Shapes = EXACT,
 ) -> Rollout:
     """Sample one response per prompt, each rank its share, and give every rank the whole."""
     share = my_share(len(prompt_ids), accelerator)
@@ -204,8 +196,7 @@ def sample(
         prompts=prompts,
         responses=[decode(row) for row in kept],
         columns=columns,
-        row_multiple=multiples[0],
-        column_multiple=multiples[1],
+        shapes=shapes,
     )
 
 
@@ -216,8 +207,7 @@ def _tensors(generated: Generated) -> tuple[Tensor, ...]:
 def plan(rollout: Rollout, rows: Sequence[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
     """`plan_micro_batches` of these rows, as positions in `rows`."""
     lengths = [rollout.prompt_lengths[row] + rollout.response_lengths[row] for row in rows]
-    overhead = CPU_OVERHEAD if rollout.prompt_ids.device.type == "cpu" else GPU_OVERHEAD
-    return plan_micro_batches(lengths, max_tokens, ranks, overhead)
+    return plan_micro_batches(lengths, max_tokens, ranks, rollout.shapes)
 
 
 def micro_batches(

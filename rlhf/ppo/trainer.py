@@ -29,11 +29,12 @@ from rlhf.ppo.advantages import gae, kl_penalty, token_rewards
 from rlhf.ppo.alerts import Alerts
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.generation import Generator
-from rlhf.ppo.graphs import GRAPH_MULTIPLES, Graphed
+from rlhf.ppo.graphs import Graphed
 from rlhf.ppo.guards import BadUpdates, bad_rollout, bad_update
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
 from rlhf.ppo.masking import affine_fit, masked_mean, masked_moments, masked_whiten
+from rlhf.ppo.packing import CPU, GPU, GRAPHS
 from rlhf.ppo.perf import FlopCounter, compilations, matmul_peak, padding_share
 from rlhf.ppo.rewards import RunningMoments, ScoreSource, aggregate, shape_scores
 from rlhf.ppo.rollout import (
@@ -158,6 +159,7 @@ class PPOTrainer:
         self.bad_updates = BadUpdates(writer.directory, config.max_bad_updates, accelerator)
         self.alerts = Alerts(config)
         self.graphs = graph_pool is not None
+        self.shapes = GRAPHS if self.graphs else CPU if accelerator.device.type == "cpu" else GPU
         self.read = Graphed(self._read, graph_pool)
         self.forward_backward = Graphed(self._forward_backward, graph_pool, prepare=self._allocate_gradients)
 
@@ -340,7 +342,7 @@ class PPOTrainer:
             self.decode,
             prompts.texts,
             prompts.columns,
-            GRAPH_MULTIPLES if self.graphs else (1, 1),
+            self.shapes,
         )
 
     def score(self, rollout: Rollout, update: bool) -> None:

@@ -1,16 +1,18 @@
 """Micro-batch plans: hand-typed plans and the promises of the docstring as properties."""
 
 import numpy as np
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.ppo.packing import plan_micro_batches
+from rlhf.ppo.packing import GRAPHS, Shapes, Sizes, plan_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 BUDGETS = st.integers(1, 300)
 RANKS = st.integers(1, 5)
-FEW = 10**6  # overhead of a micro-batch at which no cut ever pays
+FEW = Shapes(10**6)  # a micro-batch costs so much that no cut ever pays
 
 
 def greedy_count(lengths, max_tokens):
@@ -26,22 +28,20 @@ def greedy_count(lengths, max_tokens):
 
 def test_by_hand_one_rank():
     # 9 alone (2 * 9 > 16); 8 and 7 (2 * 8 = 16); 3, 2, 2 (3 * 3 = 9)
-    assert plan_micro_batches([2, 9, 7, 3, 8, 2], max_tokens=16, num_ranks=1, overhead=FEW) == [
-        [[1], [4, 2], [3, 0, 5]]
-    ]
+    assert plan_micro_batches([2, 9, 7, 3, 8, 2], max_tokens=16, num_ranks=1, shapes=FEW) == [[[1], [4, 2], [3, 0, 5]]]
 
 
 def test_a_cut_is_made_where_it_saves_more_than_it_costs():
     lengths = [9, 9, 4, 4, 4, 1]
     # One batch has an area of 54. Cutting after the nines saves 20, after the fours 3 more.
-    assert plan_micro_batches(lengths, 100, 1, overhead=21) == [[[0, 1, 2, 3, 4, 5]]]
-    assert plan_micro_batches(lengths, 100, 1, overhead=19) == [[[0, 1], [2, 3, 4, 5]]]
-    assert plan_micro_batches(lengths, 100, 1, overhead=2) == [[[0, 1], [2, 3, 4], [5]]]
+    assert plan_micro_batches(lengths, 100, 1, Shapes(21)) == [[[0, 1, 2, 3, 4, 5]]]
+    assert plan_micro_batches(lengths, 100, 1, Shapes(19)) == [[[0, 1], [2, 3, 4, 5]]]
+    assert plan_micro_batches(lengths, 100, 1, Shapes(2)) == [[[0, 1], [2, 3, 4], [5]]]
 
 
 def test_by_hand_two_ranks():
     # longest first to the lighter rank: 9 | 8; 9 | 8 + 7; 9 + 3 | 15; 12 + 2 | 15; 14 + 2 | 15
-    assert plan_micro_batches([2, 9, 7, 3, 8, 2], max_tokens=16, num_ranks=2, overhead=FEW) == [
+    assert plan_micro_batches([2, 9, 7, 3, 8, 2], max_tokens=16, num_ranks=2, shapes=FEW) == [
         [[1], [3, 0, 5]],
         [[4], [2]],  # [4, 2] would fit, but rank 0 has two micro-batches: halved
     ]
@@ -55,19 +55,19 @@ def test_a_rank_with_too_few_rows_gets_empty_micro_batches():
 
 def test_halving_takes_the_largest_padded_area_and_keeps_the_order():
     # Rank 0 needs three, rank 1 two. Areas on rank 1: [4, 3, 2] 12 against [5, 5] 10, though the latter is wider.
-    assert plan_micro_batches([8, 5, 5, 5, 4, 3, 3, 3, 2], max_tokens=12, num_ranks=2, overhead=FEW) == [
+    assert plan_micro_batches([8, 5, 5, 5, 4, 3, 3, 3, 2], max_tokens=12, num_ranks=2, shapes=FEW) == [
         [[0], [3], [5, 7]],
         [[1, 2], [4, 6], [8]],
     ]
     # [6, 5] 12 and [4, 3, 1] 12, though the latter has more rows: the first of equals
-    assert plan_micro_batches([9, 6, 5, 5, 4, 4, 3, 2, 1], max_tokens=13, num_ranks=2, overhead=FEW) == [
+    assert plan_micro_batches([9, 6, 5, 5, 4, 4, 3, 2, 1], max_tokens=13, num_ranks=2, shapes=FEW) == [
         [[0], [3, 5], [7]],
         [[1], [2], [4, 6, 8]],
     ]
 
 
 def test_an_oversized_row_stands_alone():
-    assert plan_micro_batches([100, 2, 2], max_tokens=10, num_ranks=1, overhead=FEW) == [[[0], [1, 2]]]
+    assert plan_micro_batches([100, 2, 2], max_tokens=10, num_ranks=1, shapes=FEW) == [[[0], [1, 2]]]
 
 
 def test_no_rows():
@@ -111,7 +111,7 @@ def test_all_ranks_take_part_equally_often_and_empty_ones_only_for_want_of_rows(
 
 @given(LENGTHS, BUDGETS, RANKS)
 def test_no_more_micro_batches_than_needed(lengths, max_tokens, num_ranks):
-    plan = plan_micro_batches(lengths, max_tokens, num_ranks, overhead=FEW)
+    plan = plan_micro_batches(lengths, max_tokens, num_ranks, shapes=FEW)
     needed = [greedy_count([lengths[row] for rows in rank for row in rows], max_tokens) for rank in plan]
     assert len(plan[0]) == max(needed)
 
@@ -129,7 +129,7 @@ def test_no_cutting_of_the_sorted_rows_costs_less(lengths, max_tokens, overhead)
     def compositions(n):
         return [[first, *rest] for first in range(1, n + 1) for rest in compositions(n - first)] if n else [[]]
 
-    (plan,) = plan_micro_batches(lengths, max_tokens, 1, overhead)
+    (plan,) = plan_micro_batches(lengths, max_tokens, 1, Shapes(overhead))
     assert cost([len(rows) for rows in plan]) == min(map(cost, compositions(len(lengths))))
 
 
@@ -159,3 +159,30 @@ def test_each_rank_goes_from_long_to_short(lengths, max_tokens, num_ranks):
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         plan_micro_batches(*arguments)
+
+
+def test_sizes_by_hand():
+    every, fours = Sizes(), Sizes(32, 4)
+    assert [every(n) for n in (1, 7, 1000)] == [1, 7, 1000]
+    assert [Sizes(1, 2)(n) for n in range(1, 14)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
+    assert [fours(n) for n in (1, 33, 128, 129, 256, 257, 320, 321, 513)] == [32, 64, 128, 160, 256, 320, 320, 384, 640]
+
+
+@given(st.integers(1, 10_000), st.sampled_from([1, 2, 32, 64]), st.sampled_from([1, 2, 4, 8]))
+def test_a_size_is_the_least_that_is_large_enough(size, smallest, per_octave):
+    sizes = Sizes(smallest, per_octave)
+    rounded = sizes(size)
+    assert size <= rounded < size + max(smallest, size / per_octave)
+    assert rounded % smallest == 0 and sizes(rounded) == rounded
+
+
+def test_rounded_shapes_are_few_and_fit_the_budget():
+    draw, seen = random.Random(0), set()
+    for _ in range(30):
+        lengths = [min(640, 128 + int(draw.lognormvariate(4, 1))) for _ in range(256)]
+        (plan,) = plan_micro_batches(lengths, 16_384, 1, GRAPHS)
+        for rows in plan:
+            shape = GRAPHS.rows(len(rows)), GRAPHS.columns(max(lengths[row] for row in rows))
+            assert shape[0] * shape[1] <= 16_384
+            seen.add(shape)
+    assert len(seen) <= 45

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf.ppo.generation.plain import left_pad
+from rlhf.ppo.packing import Shapes, Sizes
 from rlhf.ppo.rollout import PromptStream, Rollout, evaluate_tokens, micro_batches, my_share, uniforms
 from tests.ppo_toys import SHAPES, first_rollout, toy_trainer
 from tests.tolerances import assert_close
@@ -113,12 +114,12 @@ def test_dummy_micro_batches_do_not_count():
     assert_close(first[0] + other[0], torch.ones(2, 6))
 
 
-def test_sizes_in_multiples_change_nothing_but_padding():
+def test_rounded_sizes_change_nothing_but_padding():
     plain, wide = (rollout_of([[1, 2, 3], [1, 2, 3, 4, 5], [1, 2]], [4, 1, 6]) for _ in range(2))
-    wide.row_multiple, wide.column_multiple = 4, 4
+    wide.shapes = Shapes(0, Sizes(4), Sizes(12), Sizes(4))
     a, b = plain.batch([2, 0]), wide.batch([2, 0])
     assert (a.input_ids.shape, a.length, a.count) == ((2, 8), 6, 2)
-    assert (b.input_ids.shape, b.length, b.count) == ((4, 12), 8, 2)  # 9 columns for 8 log-probabilities, and then 12
+    assert (b.input_ids.shape, b.length, b.count) == ((4, 12), 8, 2)
     assert torch.equal(a.input_ids[0], b.input_ids[0, 4:]) and torch.equal(a.input_ids[1, 1:], b.input_ids[1, 5:])
     assert torch.equal(a.attention_mask, b.attention_mask[:2, 4:]) and not b.attention_mask[:2, :4].any()
     assert torch.equal(b.input_ids[2], b.input_ids[0])  # something to compute with
