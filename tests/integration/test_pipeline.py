@@ -183,10 +183,11 @@ def test_ppo_with_an_ensemble_of_adapters_on_one_base(ci_run, tmp_path):
     run = tmp_path / "ci"
     run.mkdir()
     shutil.copytree(ci_run / "pretrain", run / "pretrain")
-    few = ("peft={r: 4}", "sft.trainer.max_steps=2", "reward.trainer.max_steps=2", "reward.baselines=false")
+    few = ("peft={r: 4}", "sft.trainer.max_steps=2", "reward.trainer.max_steps=2", "reward.limit=100")
+    few += ("reward.baselines=false", "reward.report={edit_pairs: 10, learning_curve_pairs: 0}")
     run_stage("sft", tmp_path, *few)
-    run_stage("reward", tmp_path, *few, "reward.report={edit_pairs: 10, learning_curve_pairs: 0}")
-    run_stage("reward", tmp_path, "--as", "reward_b", *few, "reward.seed=1", "reward.report.learning_curve_pairs=0")
+    run_stage("reward", tmp_path, *few)
+    run_stage("reward", tmp_path, "--as", "reward_b", *few, "reward.seed=1")
     first, second = (Artifact.load(run / name) for name in ("reward", "reward_b"))
     assert first.manifest["inputs"] == second.manifest["inputs"] and first.hash != second.hash
     ensemble = "ppo.rewards=[{artifact: reward}, {artifact: reward_b}]"

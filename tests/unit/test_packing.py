@@ -1,8 +1,8 @@
 """Micro-batch plans: hand-typed plans and the promises of the docstring as properties."""
 
-import numpy as np
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
