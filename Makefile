@@ -15,6 +15,7 @@ FORCE ?=
 DRY_RUN ?=
 LAUNCH ?=
 TOKENIZER ?=
+REWARD ?=
 PYTHON ?= python3
 CONSTRAINTS ?= $(or $(SETUP_CONSTRAINTS),constraints.txt)
 DEFAULT_EXTRAS := tiny,dev,data
@@ -29,10 +30,11 @@ CPU_CONFIG := --config_file "$(CURDIR)/pipelines/accelerate/cpu.yaml"
 ON_CPU = $(and $(filter --cpu,$(LAUNCH)),$(findstring --num_processes,$(LAUNCH)),$(if $(findstring --mpirun,$(LAUNCH)),,gloo))
 LAUNCHER = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(or $(if $(ON_CPU),$(patsubst --cpu,$(CPU_CONFIG),$(LAUNCH)),$(LAUNCH)),python)
 COMMON = --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(RUN),--run "$(RUN)") $(if $(DRY_RUN),--dry-run)
-STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
+RUN_STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
+OTHER = $(if $(REWARD),--as "$(REWARD)")
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 
-.PHONY: help setup data pretrain sft reward ppo evaluate status notebook test test-slow test-gpu optimum mutation audit check format bench-env bench clean
+.PHONY: help setup data pretrain sft reward ppo evaluate report status notebook test test-slow test-gpu optimum mutation audit check format bench-env bench clean
 
 help: ## list the targets
 	@echo 'make sft reward ppo    runs the default recipe end to end. Variables:'
@@ -58,30 +60,33 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 setup: $(STAMP) ## prepare .venv: pinned by CONSTRAINTS, which GPU users may replace
 
 pretrain: $(STAMP) ## make the base model, where the recipe asks for it
-	@$(call STAGE,pretrain)
+	@$(call RUN_STAGE,pretrain)
 
 data: $(STAMP) ## clean one data recipe (RECIPE=hh_rlhf or a path) into ARTIFACTS/data/NAME, with manifest, card and bad rows
 	@$(PY) -m pipelines.data --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(FORCE),--force) $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
 sft: $(STAMP) ## supervised fine-tuning (pretrain first, where the recipe asks for it)
 	@$(call UNFORCED,pretrain)
-	@$(call STAGE,sft)
+	@$(call RUN_STAGE,sft)
 
-reward: $(STAMP) ## scalar reward model
-	@$(call STAGE,reward)
+reward: $(STAMP) ## scalar reward model, and the report on it; REWARD=reward_b SET=reward.seed=1 makes another one
+	@$(call RUN_STAGE,reward) $(OTHER)
 
 ppo: $(STAMP) ## PPO, then evaluate
-	@$(call STAGE,ppo)
+	@$(call RUN_STAGE,ppo)
 	@$(call UNFORCED,evaluate)
 
-evaluate: $(STAMP) ## SFT against PPO on held-out prompts: table, picture, samples
-	@$(call STAGE,evaluate)
+evaluate: $(STAMP) ## SFT against PPO on held-out prompts: table, reward against KL, pictures, samples
+	@$(call RUN_STAGE,evaluate)
+
+report: $(STAMP) ## redo the report on a finished stage: STAGE=reward
+	@$(call UNFORCED,report) --stage "$(or $(STAGE),reward)" $(OTHER)
 
 status: $(STAMP) ## runs, their stages, and what is stale
 	@$(PY) -m pipelines.status --artifacts "$(ARTIFACTS)"
 
-notebook: $(STAMP) ## execute notebooks/reward_curves.ipynb on a finished run
-	@RLHF_RUN_DIR="$(abspath $(ARTIFACTS))/$(or $(RUN),$(basename $(notdir $(RECIPE))))" $(VENV)/bin/jupyter execute --inplace notebooks/reward_curves.ipynb
+notebook: $(STAMP) ## execute the notebooks on a finished run
+	@RLHF_RUN_DIR="$(abspath $(ARTIFACTS))/$(or $(RUN),$(basename $(notdir $(RECIPE))))" $(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
 
 test: $(STAMP) ## unit, contract and integration tests, offline
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow and not gpu"

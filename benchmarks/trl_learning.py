@@ -31,8 +31,7 @@ import numpy as np
 from benchmarks.start import ENVIRONMENT, finished_run_context, side_specs
 from pipelines.cli import keep_freed_memory, setup_logging
 from rlhf.data import Renderer, load_data_recipe, load_rows
-from rlhf.evaluation.stage import load_judge, reward_scores
-from rlhf.functions import call_text_function
+from rlhf.evaluation.policies import Scores
 from rlhf.models import load_model, load_tokenizer
 from rlhf.recipe import load_recipe
 from rlhf.sampling import fitting_rows, response_logprob_sums, sample_responses
@@ -81,7 +80,7 @@ class Evaluation:
         rows = load_rows(load_data_recipe(section.data or ppo.data), section.split, "prompts")
         fitting = fitting_rows(rows, self.renderer, ppo.max_prompt_length)
         self.prompts = [row["prompt"] for row in fitting[: section.prompts]]
-        self.judges = {judge.name: load_judge(judge) for judge in section.judges}
+        self.scores = Scores(ctx, {}, self.renderer.tokenizer.pad_token_id)
         self.reference = load_model(ctx.inputs["sft"].model_dir).eval()
 
     def __call__(self, directory: Path) -> dict[str, float]:
@@ -91,11 +90,7 @@ class Evaluation:
         samples = sample_responses(model, self.renderer, self.prompts, ppo.response_length, ppo.temperature, seed=0)
         own = response_logprob_sums(model, samples, ppo.temperature, pad)
         reference = response_logprob_sums(self.reference, samples, ppo.temperature, pad)
-        result = {
-            name: mean(call_text_function(judge, samples.prompts, samples.responses, {}))
-            for name, judge in self.judges.items()
-        }
-        result["reward"] = mean(reward_scores(self.ctx, self.ctx.inputs["reward"], samples, pad))
+        result = {name: mean(values) for name, values in self.scores(samples).items()}
         result["kl"] = mean(a - b for a, b in zip(own, reference, strict=True))
         result["objective"] = result["reward"] - ppo.kl_coef * result["kl"]
         return result | {"length": mean(samples.lengths), "eos_rate": samples.eos_rate}

@@ -13,12 +13,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 from rlhf import interrupt
-from rlhf.artifacts import Artifact
+from rlhf.artifacts import Artifact, check_name
 from rlhf.errors import UserError
 from rlhf.redact import RedactingFormatter, redact
 
@@ -45,6 +46,10 @@ def parse(stage: str, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", metavar="NAME", help="folder of the run (the recipe's name)")
     parser.add_argument("--force", action="store_true", help="redo a finished stage, discard an interrupted one")
     parser.add_argument("--dry-run", action="store_true", help="print the recipe, the plan and a memory estimate")
+    if stage in ("reward", "report"):
+        parser.add_argument("--as", dest="folder", metavar="NAME", help="another reward model of the run: reward_b")
+    if stage == "report":
+        parser.add_argument("--stage", default="reward", choices=["reward"], help="whose report (reward)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as ppo.kl_coef=0.1")
     return parser.parse_intermixed_args(argv)
 
@@ -85,7 +90,13 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def main(stage: str, module: str, argv: list[str] | None = None, show: Callable[[Artifact], None] | None = None) -> int:
+def main(
+    stage: str,
+    module: str,
+    argv: list[str] | None = None,
+    show: Callable[[Artifact], None] | None = None,
+    act: Callable[[argparse.Namespace], Artifact | None] | None = None,
+) -> int:
     """Run one stage; returns the exit code: 0, or after one line on stderr 2 (bad input), 143 (SIGTERM), 130 (SIGINT).
 
     Args:
@@ -93,13 +104,14 @@ def main(stage: str, module: str, argv: list[str] | None = None, show: Callable[
         module: module that holds its `STAGE`.
         argv: arguments; None = the command line's.
         show: prints what a person wants to see of the finished artifact, on rank 0.
+        act: what is done with the arguments; None = run the stage.
     """
     setup_logging()
     keep_freed_memory()
     try:
         args = parse(stage, argv)
         with interrupt.handled():
-            artifact = _run(stage, module, args)
+            artifact = act(args) if act else _run(stage, module, args)
         if artifact is not None and show is not None and int(os.environ.get("RANK", "0")) == 0:
             show(artifact)
     except UserError as error:
@@ -129,7 +141,20 @@ def _run(stage_name: str, module: str, args: argparse.Namespace) -> Artifact | N
     from rlhf.stage import run_stage  # torch only after the recipe has been read
 
     stage = importlib.import_module(module).STAGE
+    if getattr(args, "folder", None):
+        stage = replace(stage, folder=check_folder(args.folder))
     return run_stage(stage, recipe, Path(args.artifacts), args.run, args.force, args.dry_run)
+
+
+def check_folder(name: str) -> str:
+    """The folder of another reward model, which no other stage's may be.
+
+    Raises:
+        UserError: it does not begin with `reward`, or is no plain name.
+    """
+    if not name.startswith("reward"):
+        raise UserError(f"--as {name}: does not begin with `reward`: name it reward_b, reward_1 or the like")
+    return check_name(name, "--as")
 
 
 def _fail(message: str, kind: str = "error") -> int:

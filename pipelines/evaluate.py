@@ -4,14 +4,19 @@ import sys
 
 from pipelines.cli import main
 from rlhf.artifacts import Artifact
-from rlhf.evaluation.report import comparison_table
+from rlhf.evaluation.frontier_report import sentences
+from rlhf.evaluation.report import comparison_table, display_name
 
 
 def show(artifact: Artifact) -> None:
     """Print the table and where the picture is."""
     comparison = artifact.manifest["comparison"]
-    print(f"\nSFT against PPO on {comparison['num_prompts']} held-out prompts, with 95 % intervals:\n")
+    first, *others = map(display_name, comparison["policies"])
+    prompts = f"{comparison['num_prompts']} held-out prompts"
+    print(f"\n{' and '.join(others)} against {first} on {prompts}, with 95 % intervals:\n")
     print(comparison_table(comparison))
+    for sentence in sentences(comparison["frontier"]) if "frontier" in comparison else ():
+        print(f"\n{sentence}")
     print(f"\npicture: {artifact.path / 'comparison.png'}   samples: {artifact.path / 'report.md'}")
 
 

@@ -36,7 +36,8 @@ def describe(stage: Path) -> str:
     if stale:
         return f"stale: {', '.join(stale)} changed since; run the stage again"
     manifest = artifact.manifest
-    return f"complete in {manifest['wall_seconds']:.0f} s, {manifest['peak_memory_gib']:.1f} GiB"
+    gate = f", gate {manifest['gate']['verdict'].upper()}" if "gate" in manifest else ""
+    return f"complete in {manifest['wall_seconds']:.0f} s, {manifest['peak_memory_gib']:.1f} GiB{gate}"
 
 
 def stale_inputs(artifact: Artifact) -> list[str]:

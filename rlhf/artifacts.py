@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+KEPT_POLICIES = "policies"  # in a ppo artifact: policies of earlier steps, for evaluation
 # What a later stage consumes. Logs, samples and cards hold times and text for people: redoing a stage with the same
 # outcome must not make the stages after it stale.
 PAYLOAD = ("model/", "critic/", "adapter/", "critic_adapter/", "rows/")

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rlhf.errors import UserError
 from rlhf.yamlio import parse_scalar, read_yaml, validate
@@ -25,12 +25,12 @@ class Section(BaseModel):
     """Strict base: an unknown key or a wrong type is an error, and a loaded recipe does not change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-    # Fields that can end a run but never change what a finished one gives: raising one must not forbid to continue.
-    only_stops: ClassVar[frozenset[str]] = frozenset()
+    # Fields that never change what a finished stage hands on: changing one must not redo it, nor forbid to continue.
+    not_identity: ClassVar[frozenset[str]] = frozenset()
 
     def identity(self) -> dict[str, Any]:
         """What decides the result of a stage, as plain data, for fingerprints."""
-        return self.model_dump(mode="json", exclude=set(self.only_stops))
+        return self.model_dump(mode="json", exclude=set(self.not_identity))
 
 
 class ModelSection(Section):
@@ -107,8 +107,74 @@ class SftSection(Section):
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
 
 
+class OtherPairs(Section):
+    """A preference set that the reward model was not trained for, measured by name."""
+
+    data: str = Field(description="Data recipe of prompt/chosen/rejected rows.")
+    split: str = Field("test", description="The split that is read.")
+    limit: int | None = Field(1000, ge=1, description="Use at most this many pairs.")
+
+
+class RewardReportSection(Section):
+    """What the report on a reward model measures; `make report STAGE=reward` redoes it. docs/reward_report.md."""
+
+    edit_pairs: int = Field(200, ge=10, description="Held-out pairs whose answers are edited (padded, shuffled, ...).")
+    paraphrases: list[str] = Field(
+        ["Question: {prompt}"], description="Other ways to put a prompt, with `{prompt}`; preferences should not turn."
+    )
+    ood: list[OtherPairs] = Field([], description="Preference sets from elsewhere, each reported by its name.")
+    learning_curve_pairs: int = Field(
+        2000, ge=0, description="Training pairs for the learning curve on frozen SFT features; 0 = skip."
+    )
+    failures: int = Field(8, ge=0, description="Pairs ranked wrong that are shown as text.")
+
+    @field_validator("paraphrases")
+    @classmethod
+    def _one_place(cls, paraphrases: list[str]) -> list[str]:
+        for template in paraphrases:
+            if template.count("{prompt}") != 1:
+                raise ValueError(f"{template!r} holds {{prompt}} {template.count('{prompt}')} times; must be once")
+        return paraphrases
+
+
+class RewardGateSection(Section):
+    """When a reward model is good enough for PPO: a bound surely missed (whole 95 % interval) fails, else it warns."""
+
+    min_accuracy: float | None = Field(0.6, ge=0, le=1, description="Held-out accuracy; null = off.")
+    min_lead: float | None = Field(
+        0.0, ge=-1, le=1, description="Accuracy minus that of the better baseline (length-only, TF-IDF); null = off."
+    )
+    min_accuracy_shorter: float | None = Field(
+        0.5, ge=0, le=1, description="Accuracy where the shorter answer is the better one; null = off."
+    )
+    max_length_preference: float | None = Field(
+        0.15,
+        ge=0,
+        le=1,
+        description="Share by which it prefers the longer (or shorter) answer beyond what the labels do.",
+    )
+    max_edit_gain: float | None = Field(
+        0.5, ge=0, description="Gain by an edit that makes no answer better, in std of the scores; null = off."
+    )
+    max_empty_wins: float | None = Field(
+        0.5, ge=0, le=1, description="Share of good answers that an empty answer or a bare 'Thanks!' beats; null = off."
+    )
+    max_padding_shift: float | None = Field(
+        0.01, ge=0, description="Change of a score by padding or batch size, in std of the scores; null = off."
+    )
+    max_paraphrase_flips: float | None = Field(
+        0.25, ge=0, le=1, description="Share of preferences that turn with `report.paraphrases`; warns; null = off."
+    )
+    max_ece: float | None = Field(0.1, ge=0, le=1, description="Expected calibration error; warns; null = off.")
+    min_accuracy_ood: float | None = Field(
+        0.5, ge=0, le=1, description="Accuracy on each of `report.ood`; warns; null = off."
+    )
+
+
 class RewardSection(Section):
     """Scalar reward model with TRL's RewardTrainer, from the SFT artifact."""
+
+    not_identity: ClassVar[frozenset[str]] = frozenset({"report", "gate"})
 
     data: str = Field(description="Data recipe of prompt/chosen/rejected rows.")
     split: str = Field("train", description="Training split.")
@@ -120,6 +186,21 @@ class RewardSection(Section):
         "auto", description="torch.compile of the transformer blocks. auto: on a GPU, from 1000 optimizer steps on."
     )
     baselines: bool = Field(True, description="Report length-only and TF-IDF baselines beside the accuracy.")
+    loss: Literal["bradley_terry", "smoothed", "robust"] = Field(
+        "bradley_terry", description="For noisy labels: smoothed (Wang et al. 2024) or robust (Chowdhury et al. 2024)."
+    )
+    flip_rate: float = Field(0.1, gt=0, lt=0.5, description="Share of flipped labels that those two reckon with.")
+    margin_scale: float | None = Field(
+        None, gt=0, description="The data recipe keeps a `margin`; times this, the score has to lead by it. Llama 2."
+    )
+    length_decorrelation: float = Field(
+        0.0, ge=0, description="Weight of the squared correlation of margins with length differences. After ODIN."
+    )
+    lm_coef: float = Field(
+        0.0, ge=0, description="Weight of the language-model loss on chosen responses, nats per token. Secrets."
+    )
+    report: RewardReportSection = RewardReportSection()
+    gate: RewardGateSection = RewardGateSection()
     trainer: dict[str, Any] = Field({}, description="Passed to TRL's RewardConfig, checked before anything loads.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
 
@@ -167,14 +248,22 @@ class AlertsSection(Section):
 class PPOSection(Section):
     """PPO. Sizes are global, in episodes; lengths in tokens; KL in nats."""
 
-    only_stops: ClassVar[frozenset[str]] = frozenset({"max_bad_updates", "reward_timeout"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"max_bad_updates", "reward_timeout", "ignore_reward_gate"})
 
     data: str = Field(description="Data recipe of prompts.")
     split: str = Field("train", description="Prompts to train on.")
     eval_split: str = Field("validation", description="Held-out prompts for `eval/*`.")
     rewards: list[RewardSource] = Field([RewardSource(artifact="reward")], min_length=1)
-    reward_aggregation: Literal["sum", "mean", "min"] = Field(
-        "sum", description="How weighted sources become one score."
+    reward_aggregation: Literal["sum", "mean", "min", "penalised"] = Field(
+        "sum", description="How weighted sources become one score; penalised: mean - uncertainty_coef * std."
+    )
+    uncertainty_coef: float = Field(
+        1.0, ge=0, description="Weight of the std between sources in `penalised`. Coste et al. 2023 take the variance."
+    )
+
+    ignore_reward_gate: bool = Field(
+        False,
+        description="Train on a reward model whose report says fail (reward.gate); it is said aloud all the same.",
     )
 
     total_episodes: int = Field(10_000, ge=1, description="Episodes (prompt + response) of the whole run.")
@@ -258,6 +347,12 @@ class PPOSection(Section):
         None, ge=1, description="ppo_steps between checkpoints; null = only at the end."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that stay, beside the best step's weights.")
+    keep_policies_every: int | None = Field(
+        None,
+        ge=1,
+        description="ppo_steps between policies that the artifact keeps in policies/ (with LoRA: adapters), for the "
+        "over-optimisation curve; null = none.",
+    )
     sample_every: int = Field(10, ge=1, description="ppo_steps between rows in samples.jsonl.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
@@ -314,8 +409,11 @@ class PPOSection(Section):
 
 
 class JudgeSource(Section):
-    """A judge that no stage trained on: exactly one of the three."""
+    """A judge that no stage trained on: exactly one of the four."""
 
+    artifact: str | None = Field(
+        None, description="A reward model that PPO never saw, such as `reward_b` of this run, or the path of one."
+    )
     sentiment: str | None = Field(None, description="Data recipe of labelled texts; TF-IDF + logistic regression.")
     vader: bool = Field(False, description="VADER's compound score.")
     function: str | None = Field(None, description="`package.module:callable`, as in ppo.rewards.")
@@ -323,20 +421,105 @@ class JudgeSource(Section):
 
     @model_validator(mode="after")
     def _one_judge(self) -> JudgeSource:
-        if sum([self.sentiment is not None, self.vader, self.function is not None]) != 1:
-            raise ValueError("give exactly one of `sentiment`, `vader` and `function`")
+        sources = [self.sentiment, self.function, self.artifact, self.vader or None]
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError("give exactly one of `artifact`, `sentiment`, `vader` and `function`")
         return self
 
 
+class LlmJudgeSection(Section):
+    """A language model that says which of two answers is better, over an OpenAI-compatible URL; both orders count."""
+
+    url: str = Field(pattern=r"^https?://", description="Base URL, such as `http://localhost:8000/v1`.")
+    model: str = Field(description="Name of the model there.")
+    environment_variable: str | None = Field(
+        "OPENAI_API_KEY", description="Holds the key, which is sent to that URL alone; null = a server without keys."
+    )
+    criterion: str = Field(
+        "You compare two answers to one prompt. Judge how helpful, correct and well written they are, and not their "
+        "length or their order.",
+        description="What the judge is told to look at.",
+    )
+    name: str = Field("llm", pattern=r"^[^\s/]+$", description="Name of its columns in the report.")
+    prompts: int = Field(100, ge=2, description="Pairs per policy, two requests each; the first ones of `prompts`.")
+    max_tokens: int = Field(8, ge=1, description="Longest reply; more for a model that thinks first.")
+    concurrency: int = Field(8, ge=1, le=256, description="Requests under way at once.")
+    timeout: float = Field(60.0, gt=0, description="Seconds for one reply.")
+    retries: int = Field(3, ge=0, description="Further attempts after overload, a timeout or an error of the server.")
+
+
+class PolicySource(Section):
+    """A policy to evaluate: exactly one of `artifact` and `model`."""
+
+    artifact: str | None = Field(None, description="A stage of this run (`sft`, `ppo`) or the path of an artifact.")
+    step: int | None = Field(
+        None, ge=1, description="With `artifact: ppo`: one of the steps of ppo.keep_policies_every."
+    )
+    model: str | None = Field(None, description="Hub id, or a local folder, of any causal language model.")
+    revision: str | None = Field(None, description="Hub revision of `model`.")
+    best_of: int = Field(1, ge=1, description="Sample so many responses and keep the one that ppo.rewards like best.")
+    name: str | None = Field(
+        None, pattern=r"^[^\s/]+$", description="One word, in tables and metric keys; null = made from the rest."
+    )
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> PolicySource:
+        if (self.artifact is None) == (self.model is None):
+            raise ValueError("give exactly one of `artifact` and `model`")
+        if self.step is not None and self.artifact is None:
+            raise ValueError("`step` needs an `artifact`: only a ppo stage keeps policies of its steps")
+        if self.revision is not None and self.model is None:
+            raise ValueError("`revision` needs a `model` on the Hub")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Its name: the one given, or such as `ppo_step_20` and `sft_best_of_16`."""
+        if self.name is not None:
+            return self.name
+        place = "_".join(Path(self.artifact or self.model or "").name.split())
+        step = f"_step_{self.step}" if self.step is not None else ""
+        return place + step + (f"_best_of_{self.best_of}" if self.best_of > 1 else "")
+
+
 class EvaluateSection(Section):
-    """SFT against PPO on held-out prompts."""
+    """Two or more policies on held-out prompts: did PPO help?"""
 
     data: str | None = Field(None, description="Data recipe of prompts; null = ppo.data.")
     split: str = Field("test", description="The held-out split.")
     prompts: int = Field(256, ge=2, description="Number of prompts.")
+    policies: list[PolicySource] = Field(
+        [PolicySource(artifact="sft"), PolicySource(artifact="ppo")],
+        min_length=2,
+        description="The first is the baseline of every comparison. KL is always measured against `sft`.",
+    )
+    temperature: float | None = Field(None, gt=0, description="Of sampling and of the KL; null = ppo.temperature.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus sampling; null = ppo.top_p.")
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="Above 1, tokens that a response already has become less likely. Keskar et al. 2019."
+    )
+    best_of_n: int = Field(
+        16,
+        ge=1,
+        description="Samples per prompt of the SFT model for reward against KL (best of 1, 2, 4, ...); 1 = off.",
+    )
+    frontier_prompts: int = Field(
+        128, ge=2, description="Prompts of that, and of each kept PPO step; at most `prompts`."
+    )
+    perplexity_rows: int = Field(
+        200, ge=0, description="Held-out rows of sft.data (its eval_split) whose perplexity shows forgetting; 0 = skip."
+    )
     judges: list[JudgeSource] = Field([], description="The first one gives the headline win rate.")
+    llm_judge: LlmJudgeSection | None = Field(None, description="A language model as judge; null = none.")
     bootstrap: int = Field(2000, ge=100, description="Resamples for the 95 % intervals.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluateSection:
+        names = [policy.label for policy in self.policies]
+        if len(set(names)) < len(names):
+            raise ValueError(f"policies are named {names}: give each its own `name`")
+        return self
 
 
 class HardwareSection(Section):
@@ -380,9 +563,7 @@ class Recipe(Section):
         if (self.model.base is None) == (not from_scratch):
             raise ValueError("give exactly one of model.base and pretrain.architecture")
         if self.evaluate is not None and self.ppo is None:
-            raise ValueError(
-                "`evaluate` compares the policies of sft and ppo: add a `ppo` section or remove `evaluate`"
-            )
+            raise ValueError("`evaluate` samples and scores as `ppo` does: add a `ppo` section or remove `evaluate`")
         return self
 
     def stage_seed(self, stage: str) -> int:

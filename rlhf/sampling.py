@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,11 +63,15 @@ def sample_responses(
     stop_strings: list[str] | None = None,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
+    repetition_penalty: float = 1.0,
+    draw: int = 0,
 ) -> Samples:
-    """One response per prompt; response i depends on the model, the prompt, the seed and i alone."""
-    generator = PlainGenerator(model, renderer.tokenizer, stop_strings or [], autocast=dtype)
+    """One response per prompt; response i depends on the model, the prompt, the seed, `draw` and i alone."""
+    generator = PlainGenerator(
+        model, renderer.tokenizer, stop_strings or [], autocast=dtype, repetition_penalty=repetition_penalty
+    )
     ids = [renderer.prompt_ids(prompt) for prompt in prompts]
-    noise = uniforms(len(ids), length, seed)
+    noise = uniforms(len(ids), length, seed, *([draw] if draw else []))
     response_ids, finished = [], []
     for first in range(0, len(ids), batch_size):
         part = slice(first, first + batch_size)
@@ -105,6 +110,12 @@ def response_logprob_sums(
         keep = attention_mask[:, -length:].bool().to(device)
         sums += torch.where(keep, logprobs, 0).sum(dim=1).tolist()
     return sums
+
+
+def perplexity(model: PreTrainedModel, texts: Samples, pad_id: int) -> float:
+    """exp of the mean loss in nats per token of given responses, at temperature 1, the EOS among their tokens."""
+    total = sum(response_logprob_sums(model, texts, 1.0, pad_id))
+    return math.exp(-total / sum(texts.lengths))
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ class Stage:
         build: writes the artifact's files into `ctx.dir` and returns the manifest's stage-specific part.
         also: settings of other sections that the result depends on; part of the fingerprint.
         headline: metrics shown when the stage is done.
+        folder: of its artifact where that is not its name: a second reward model of one run.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Stage:
     build: Callable[[StageContext], dict[str, Any]]
     also: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
     headline: tuple[str, ...] = ()
+    folder: str | None = None
 
 
 @dataclass
@@ -103,7 +105,7 @@ class StageContext:
     @property
     def final(self) -> Path:
         """Place of the finished artifact."""
-        return self.root / self.run / self.stage.name
+        return self.root / self.run / (self.stage.folder or self.stage.name)
 
     @property
     def dir(self) -> Path:
@@ -194,8 +196,9 @@ def load_inputs(ctx: StageContext, missing_ok: bool = False) -> None:
             logger.info("input %s: not built yet", path)
             continue
         if not path.is_dir() and _is_stage_name(reference):
+            named = "" if reference in Recipe.model_fields else "reward REWARD="
             raise UserError(
-                f"stage {ctx.stage.name}: needs {path}, which is not there: run `make {reference}` first "
+                f"stage {ctx.stage.name}: needs {path}, which is not there: run `make {named}{reference}` first "
                 f"(same RUN and ARTIFACTS)"
             )
         ctx.inputs[reference] = Artifact.load(path)
@@ -286,7 +289,7 @@ def run_stage(
     recipe.section(stage.name)
     if dry_run:
         return _run(ctx, force, dry_run)
-    with locked(ctx.final.with_name(f"{stage.name}.lock")) if is_main_process() else nullcontext():
+    with locked(ctx.final.with_name(f"{ctx.final.name}.lock")) if is_main_process() else nullcontext():
         return _run(ctx, force, dry_run)
 
 

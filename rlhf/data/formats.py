@@ -23,7 +23,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.errors import UserError
@@ -55,6 +55,7 @@ class FormatOptions:
     score: str = "overall_score"
     prompt_words: int = 4
     pairs_per_row: int = 1
+    keep: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -668,7 +669,11 @@ def derive_rows(
     check_derivation(native, kind)
     rows = DERIVE[native, kind](rows, options, seed, dropped)
     columns = KIND_COLUMNS[kind]
-    return rows if columns is None else [{column: row[column] for column in columns} for row in rows]
+    if columns is None:
+        return rows
+    kept = options.keep if kind == "preference" else {}
+    extra = [{name: row[column] for name, column in kept.items() if column in row} for row in rows]
+    return [more | {column: row[column] for column in columns} for row, more in zip(rows, extra, strict=True)]
 
 
 def order_key(row: Row, seed: int) -> str:

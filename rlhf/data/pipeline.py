@@ -222,6 +222,8 @@ def _require_columns(recipe: DataRecipe, columns: set[str]) -> None:
         _require_column(recipe.mapping.get(column, column), columns, f"mapping.{column}")
     for column, source in recipe.mapping.items():
         _require_column(source, columns, f"mapping.{column}")
+    for name, source in recipe.keep.items():
+        _require_column(source, columns, f"keep.{name}")
 
 
 def _require_column(column: str, columns: set[str], where: str) -> None:

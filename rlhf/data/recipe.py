@@ -185,6 +185,11 @@ class DataRecipe(_Strict):
     mapping: dict[str, str] = Field(
         default_factory=dict, description="Format column -> source column, where they differ."
     )
+    keep: dict[str, str] = Field(
+        default_factory=dict,
+        description="preference: name -> source column that stays with a pair: slices of the reward report "
+        "(`category`, `source`, `confidence`, `language`, ...), `margin` of `reward.margin_scale`.",
+    )
     where: dict[str, Scalar | list[Scalar]] = Field(
         default_factory=dict, description="Source column -> allowed value or values; other rows are left out."
     )

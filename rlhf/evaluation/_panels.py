@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.gridspec import SubplotSpec
 
 # Okabe and Ito's palette, distinct under every common colour blindness; the baseline is blue.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_GREY = "#555555"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#555555"
 
 
 def display_name(name: str) -> str:
@@ -57,7 +57,7 @@ def score_histograms(axes: Axes, samples: Sequence[PolicySamples], judge: str) -
     axes.set_ylabel("share of responses")
     axes.set_title("How good the judge finds the responses")
     axes.legend(loc="upper left", frameon=False)
-    _tidy(axes)
+    tidy(axes)
 
 
 def reward_against_kl(axes: Axes, history: pd.DataFrame | None) -> None:
@@ -65,10 +65,10 @@ def reward_against_kl(axes: Axes, history: pd.DataFrame | None) -> None:
     axes.set_title("What the KL bought during PPO")
     axes.set_xlabel("KL to the reference, nats per response")
     axes.set_ylabel("mean reward score")
-    _tidy(axes)
+    tidy(axes)
     train = _curve(history, "objective/kl", "objective/scores")
     if train is None:
-        axes.text(0.5, 0.5, "no PPO history", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+        axes.text(0.5, 0.5, "no PPO history", transform=axes.transAxes, ha="center", va="center", color=GREY)
         axes.set_xticks([])
         axes.set_yticks([])
         return
@@ -83,7 +83,7 @@ def reward_against_kl(axes: Axes, history: pd.DataFrame | None) -> None:
         _, kl, score = evaluations
         axes.plot(
             kl, score, linestyle="none", marker="D", markersize=7, markerfacecolor="white",
-            markeredgecolor=_COLOURS[1], markeredgewidth=1.8, zorder=3, label="held-out evaluation",
+            markeredgecolor=COLOURS[1], markeredgewidth=1.8, zorder=3, label="held-out evaluation",
         )  # fmt: skip
     axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
 
@@ -112,7 +112,7 @@ def summary_bars(figure: Figure, place: SubplotSpec, result: Mapping[str, Any], 
         axes.set_yticks(range(len(values)), [display_name(name) for name in result["policies"]])
         axes.set_xticks([])
         axes.set_title(title, loc="left", fontsize=10.5)
-        _tidy(axes, bottom=False)
+        tidy(axes, bottom=False)
         axes.tick_params(axis="y", length=0)
 
 
@@ -127,13 +127,13 @@ def _win_rates(axes: Axes, metrics: Mapping[str, float], first: str, others: Seq
             *((0.02, index) if value > 0.5 else (0.98, index)), f"{value:.0%} [{low:.0%}, {high:.0%}]",
             ha="left" if value > 0.5 else "right", va="center", fontsize=10,
         )  # fmt: skip
-    axes.axvline(0.5, color=_GREY, linestyle=":", linewidth=1.4, zorder=0)
+    axes.axvline(0.5, color=GREY, linestyle=":", linewidth=1.4, zorder=0)
     axes.set_xlim(0, 1)
     axes.set_ylim(len(others) - 0.5, -0.5)
     axes.set_yticks(range(len(others)), [display_name(name) for name in others])
     axes.set_xticks([0, 0.5, 1.0], ["0%", "50%", "100%"], fontsize=9)
     axes.set_title(f"win rate over {display_name(first)} by {judge}, 95 % interval", loc="left", fontsize=10.5)
-    _tidy(axes)
+    tidy(axes)
     axes.tick_params(axis="y", length=0)
 
 
@@ -146,9 +146,10 @@ def _curve(history: pd.DataFrame | None, x: str, y: str) -> tuple[np.ndarray, np
 
 
 def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+    return COLOURS[index % len(COLOURS)]
 
 
-def _tidy(axes: Axes, bottom: bool = True) -> None:
+def tidy(axes: Axes, bottom: bool = True) -> None:
+    """Takes away the lines of the frame that say nothing."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines["bottom"].set_visible(bottom)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from rlhf.errors import UserError
+from rlhf.evaluation.ranking import bradley_terry, length_controlled_win_rate
 from rlhf.evaluation.statistics import Interval, bootstrap_interval, win_rate
-from rlhf.evaluation.text_metrics import distinct_n, repetition_rate
+from rlhf.evaluation.text_metrics import distinct_n, is_refusal, repetition_rate, self_bleu
 
 
 @dataclass
@@ -24,8 +25,10 @@ class PolicySamples:
         responses: response texts.
         lengths: response tokens, EOS included.
         has_eos: whether the response ended by itself.
-        kl: nats per response against the reference; 0 for the reference itself.
+        kl: nats per response against the reference; 0 for the reference itself. None where the tokens are not the
+            reference's, and there is none.
         scores: reward and judge scores by name, higher is better.
+        perplexity: of held-out text; None where it was not measured.
     """
 
     name: str
@@ -33,20 +36,24 @@ class PolicySamples:
     responses: list[str]
     lengths: list[int]
     has_eos: list[bool]
-    kl: list[float]
+    kl: list[float] | None
     scores: dict[str, list[float]]
+    perplexity: float | None = None
 
 
 def compare(samples: Sequence[PolicySamples], *, num_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Measures every policy, and every policy against the first.
 
-    Metric keys, with `<p>` a policy, `<first>` the first one and `<s>` a score; each of `_mean`, `_delta` and
-    `win_rate_<s>` has its 95 % limits beside it under the same key with `_low` and `_high` appended:
+    Metric keys, with `<p>` a policy, `<first>` the first one and `<s>` a score; each mean, rate, delta and strength has
+    its 95 % limits beside it under the same key with `_low` and `_high` appended:
 
-    - `<p>/<s>_mean`, `<p>/kl_mean` (nats per response), `<p>/length_mean` (tokens), `<p>/eos_rate` (fraction),
-      `<p>/distinct_2`, `<p>/repetition_4` (fractions);
-    - `<p>_vs_<first>/win_rate_<s>` (ties one half), `<p>_vs_<first>/<s>_delta`, `.../kl_delta`, `.../length_delta`,
-      `.../eos_rate_delta` (paired by prompt), `.../distinct_2_ratio`.
+    - `<p>/<s>_mean`, `<p>/kl_mean` (nats per response), `<p>/length_mean` (tokens), `<p>/eos_rate`, `<p>/refusal_rate`
+      (fractions), and without limits `<p>/distinct_2`, `<p>/self_bleu`, `<p>/repetition_4` (fractions),
+      `<p>/perplexity` (of held-out text);
+    - `<p>_vs_<first>/win_rate_<s>` (ties one half), `.../lc_win_rate_<s>` (at equal length), `.../<s>_delta`,
+      `.../kl_delta`, `.../length_delta`, `.../eos_rate_delta`, `.../refusal_rate_delta` (paired by prompt), and
+      without limits `.../distinct_2_ratio`, `.../perplexity_ratio`;
+    - with more than two policies `<p>/strength_<s>`: Bradley-Terry, in logits against the first.
 
     Args:
         samples: at least two policies, the baseline first.
@@ -62,45 +69,77 @@ def compare(samples: Sequence[PolicySamples], *, num_resamples: int = 2000, seed
     """
     _check(samples)
     baseline = samples[0]
-    clusters = baseline.prompts
+    options = {"clusters": baseline.prompts, "num_resamples": num_resamples, "seed": seed}
     metrics: dict[str, float] = {}
-
-    def add(key: str, interval: Interval) -> None:
-        metrics.update({key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high})
-
-    def mean(values: ArrayLike) -> Interval:
-        return bootstrap_interval(values, clusters=clusters, num_resamples=num_resamples, seed=seed)
-
     for policy in samples:
-        for measure, values in _measures(policy).items():
-            add(f"{policy.name}/{measure if measure == 'eos_rate' else f'{measure}_mean'}", mean(values))
-        metrics[f"{policy.name}/distinct_2"] = distinct_n(policy.responses, 2)
-        metrics[f"{policy.name}/repetition_4"] = repetition_rate(policy.responses, 4)
+        metrics |= _own(policy, options)
     for policy in samples[1:]:
-        pair = f"{policy.name}_vs_{baseline.name}"
-        for score, scores in policy.scores.items():
-            wins = win_rate(scores, baseline.scores[score], clusters=clusters, num_resamples=num_resamples, seed=seed)
-            add(f"{pair}/win_rate_{score}", wins)
-        before = _measures(baseline)
-        for measure, values in _measures(policy).items():
-            add(f"{pair}/{measure}_delta", mean(values - before[measure]))
-        diversity = metrics[f"{baseline.name}/distinct_2"]
-        # 0 / 0 where no response has two tokens: nothing changed, and JSON has no NaN.
-        ratio = metrics[f"{policy.name}/distinct_2"] / diversity if diversity else 1.0
-        metrics[f"{pair}/distinct_2_ratio"] = ratio
+        metrics |= _against(policy, baseline, options)
+    for score in baseline.scores if len(samples) > 2 else ():
+        strengths = bradley_terry([policy.scores[score] for policy in samples], **options)
+        for policy, strength in zip(samples, strengths, strict=True):
+            metrics |= with_limits(f"{policy.name}/strength_{score}", strength)
     return {
         "policies": [policy.name for policy in samples],
         "scores": list(baseline.scores),
-        "num_responses": len(clusters),
-        "num_prompts": len(set(clusters)),
+        "num_responses": len(baseline.prompts),
+        "num_prompts": len(set(baseline.prompts)),
         "metrics": metrics,
     }
 
 
+def with_limits(key: str, interval: Interval) -> dict[str, float]:
+    """The value under its key, its limits beside it."""
+    return {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
+
+
+def _own(policy: PolicySamples, options: dict[str, Any]) -> dict[str, float]:
+    """What is measured of one policy."""
+    metrics: dict[str, float] = {}
+    for measure, values in _measures(policy).items():
+        key = measure if measure.endswith("_rate") else f"{measure}_mean"
+        metrics |= with_limits(f"{policy.name}/{key}", bootstrap_interval(values, **options))
+    return metrics | {f"{policy.name}/{measure}": value for measure, value in _of_the_set(policy).items()}
+
+
+def _against(policy: PolicySamples, baseline: PolicySamples, options: dict[str, Any]) -> dict[str, float]:
+    """What is measured of a policy against the baseline, paired by prompt."""
+    pair = f"{policy.name}_vs_{baseline.name}"
+    metrics: dict[str, float] = {}
+    for score, scores in policy.scores.items():
+        both, lengths = (scores, baseline.scores[score]), (policy.lengths, baseline.lengths)
+        equal = length_controlled_win_rate(*both, *lengths, **options)
+        metrics |= with_limits(f"{pair}/win_rate_{score}", win_rate(*both, **options))
+        metrics |= with_limits(f"{pair}/lc_win_rate_{score}", equal)
+    before = _measures(baseline)
+    for measure, values in _measures(policy).items():
+        if measure in before:
+            delta = bootstrap_interval(values - before[measure], **options)
+            metrics |= with_limits(f"{pair}/{measure}_delta", delta)
+    diversity = distinct_n(baseline.responses, 2)
+    # 0 / 0 where no response has two tokens: nothing changed, and JSON has no NaN.
+    metrics[f"{pair}/distinct_2_ratio"] = distinct_n(policy.responses, 2) / diversity if diversity else 1.0
+    if policy.perplexity is not None and baseline.perplexity is not None:
+        metrics[f"{pair}/perplexity_ratio"] = policy.perplexity / baseline.perplexity
+    return metrics
+
+
 def _measures(policy: PolicySamples) -> dict[str, NDArray[np.float64]]:
     """Per-response values [N] of everything that is averaged."""
-    columns = {**policy.scores, "kl": policy.kl, "length": policy.lengths, "eos_rate": policy.has_eos}
-    return {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+    refusals = [is_refusal(response) for response in policy.responses]
+    rates = {"eos_rate": policy.has_eos, "refusal_rate": refusals}
+    columns = {**policy.scores, "kl": policy.kl, "length": policy.lengths, **rates}
+    return {name: np.asarray(values, dtype=np.float64) for name, values in columns.items() if values is not None}
+
+
+def _of_the_set(policy: PolicySamples) -> dict[str, float]:
+    """What is a number of all responses together, or of the policy itself."""
+    measures = {
+        "distinct_2": distinct_n(policy.responses, 2),
+        "self_bleu": self_bleu(policy.responses),
+        "repetition_4": repetition_rate(policy.responses, 4),
+    }
+    return measures if policy.perplexity is None else measures | {"perplexity": policy.perplexity}
 
 
 def _check(samples: Sequence[PolicySamples]) -> None:
@@ -116,7 +155,7 @@ def _check(samples: Sequence[PolicySamples]) -> None:
             raise UserError(f"{where}: the name becomes part of metric keys; use one word without a slash")
         if not policy.prompts:
             raise UserError(f"{where}: has 0 responses; sample at least one")
-        reserved = {"kl", "length", "eos_rate"} & set(policy.scores)
+        reserved = {"kl", "length", "eos_rate", "refusal_rate"} & set(policy.scores)
         if reserved:
             raise UserError(f"{where}: a score is named {min(reserved)!r}, which is a measure of its own; rename it")
         _check_lists(policy, where)
@@ -134,7 +173,7 @@ def _check_lists(policy: PolicySamples, where: str) -> None:
         "responses": policy.responses,
         "lengths": policy.lengths,
         "has_eos": policy.has_eos,
-        "kl": policy.kl,
+        **({} if policy.kl is None else {"kl": policy.kl}),
         **{f"scores[{name!r}]": values for name, values in policy.scores.items()},
     }
     for name, values in lists.items():

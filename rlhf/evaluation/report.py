@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf.errors import UserError
-from rlhf.evaluation import _panels
+from rlhf.evaluation import _panels, frontier_report
 from rlhf.evaluation._panels import display_name
 from rlhf.evaluation.compare import PolicySamples
 
@@ -29,31 +29,34 @@ _MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&])")
 def comparison_table(result: Mapping[str, Any]) -> str:
     """Markdown table of `compare`'s result, aligned so that it reads well in a terminal.
 
-    One row per measure; a column per policy, and one per policy after the first with its change against the first.
-    Brackets hold 95 % bootstrap intervals over prompts.
+    One row per measure; a column per policy, and with two policies one with the change. Brackets hold 95 % bootstrap
+    intervals over prompts.
     """
     metrics = result["metrics"]
     first, *others = result["policies"]
-    header = ["measure", display_name(first)]
-    for name in others:
-        header += [display_name(name), "change" if len(others) == 1 else f"change of {display_name(name)}"]
+    change = len(others) == 1  # with more policies the table would be too wide for a terminal
+    header = ["measure", *map(display_name, result["policies"]), *(["change"] if change else [])]
     rows = []
     for label, key, delta, digits in _table_measures(result["scores"]):
-        row = [label, _with_interval(metrics, f"{first}/{key}", digits)]
-        for name in others:
-            row.append(_with_interval(metrics, f"{name}/{key}", digits))
-            row.append(_with_interval(metrics, f"{name}_vs_{first}/{delta}", digits, sign="+"))
-        rows.append(row)
-    row = ["distinct-2", f"{metrics[f'{first}/distinct_2']:.3f}"]
-    for name in others:
-        row += [f"{metrics[f'{name}/distinct_2']:.3f}", f"x {metrics[f'{name}_vs_{first}/distinct_2_ratio']:.2f}"]
-    rows.append(row)
-    for score in result["scores"]:
-        row = [f"win rate over {display_name(first)} by {score}", "-"]
-        for name in others:
-            row += [_with_interval(metrics, f"{name}_vs_{first}/win_rate_{score}", 3), "-"]
-        rows.append(row)
-    return _aligned([header, *rows])
+        row = [label, *(_with_interval(metrics, f"{name}/{key}", digits) for name in result["policies"])]
+        rows.append(
+            row + [_with_interval(metrics, f"{name}_vs_{first}/{delta}", digits, "+") for name in others[:change]]
+        )
+    for label, key, ratio, digits in _SET_MEASURES:
+        row = [label, *(_with_interval(metrics, f"{name}/{key}", digits) for name in result["policies"])]
+        ratios = [metrics.get(f"{name}_vs_{first}/{ratio}") for name in others[:change]]
+        rows.append(row + ["-" if value is None else f"x {value:.2f}" for value in ratios])
+    base = display_name(first)
+    for label, key in ((f"win rate over {base} by", "win_rate"), ("the same at equal length, by", "lc_win_rate")):
+        for score in [*result["scores"], *([result["pairwise"]["name"]] if "pairwise" in result else [])]:
+            keys = [f"{name}_vs_{first}/{key}_{score}" for name in others]
+            row = [f"{label} {score}", "-", *(_with_interval(metrics, key, 3) for key in keys)]
+            rows.append(row + ["-"] * change)
+    for score in result["scores"] if not change else ():
+        keys = [f"{name}/strength_{score}" for name in result["policies"]]
+        rows.append([f"Bradley-Terry by {score}, logits", *(_with_interval(metrics, key, 2, "+") for key in keys)])
+    empty = {"-"}
+    return _aligned([header, *(row for row in rows if set(row[1:]) != empty)])
 
 
 def plot_comparison(
@@ -130,17 +133,19 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     plot_comparison(result, samples, history, directory / PICTURE_NAME, judge=judge)
     first, last = display_name(result["policies"][0]), display_name(result["policies"][-1])
+    others = " and ".join(map(display_name, result["policies"][1:]))
     text = "\n".join(
         [
-            f"# {last} against {first}",
+            f"# {others} against {first}",
             "",
             f"{result['num_responses']:,} responses to {result['num_prompts']:,} held-out prompts. "
             "Brackets hold 95 % bootstrap intervals over prompts; a tie counts as half a win.",
             "",
             comparison_table(result),
             "",
-            f"![What {last} changed against {first}]({PICTURE_NAME})",
+            f"![What {others} changed against {first}]({PICTURE_NAME})",
             "",
+            *_frontier_section(result, directory),
             "## Samples",
             "",
             f"The two prompts on which {last} gains most by `{judge}`, the two on which it loses most, and some "
@@ -153,6 +158,26 @@ def write_report(
     path = directory / REPORT_NAME
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _frontier_section(result: Mapping[str, Any], directory: Path) -> list[str]:
+    """The part on reward against KL, and its picture in `directory`; nothing where it was not measured."""
+    if "frontier" not in result:
+        return []
+    curve = result["frontier"]
+    frontier_report.plot_frontier(curve, directory / frontier_report.PICTURE_NAME)
+    return [
+        "## Reward against KL",
+        "",
+        f"{curve['samples']} samples of the SFT model to each of {curve['prompts']} prompts, of which best-of-n keeps "
+        f"the one with most {curve['trained']}; one response of each PPO policy to the same prompts.",
+        "",
+        _aligned(frontier_report.table_rows(curve)),
+        "",
+        f"![Reward against the KL paid for it]({frontier_report.PICTURE_NAME})",
+        "",
+        *[line for sentence in frontier_report.sentences(curve) for line in (sentence, "")],
+    ]
 
 
 def pick_samples(before: Sequence[float], after: Sequence[float], seed: int = 0) -> list[tuple[int, str]]:
@@ -203,11 +228,23 @@ def _table_measures(scores: Sequence[str]) -> list[tuple[str, str, str, int]]:
         ("KL to reference, nats per response", "kl_mean", "kl_delta", 2),
         ("length, tokens", "length_mean", "length_delta", 1),
         ("EOS rate", "eos_rate", "eos_rate_delta", 3),
+        ("refusal rate", "refusal_rate", "refusal_rate_delta", 3),
     ]
 
 
+# (label, metric key, key of the ratio, digits) of what is one number of all responses
+_SET_MEASURES = (
+    ("distinct-2", "distinct_2", "distinct_2_ratio", 3),
+    ("self-BLEU", "self_bleu", "", 3),
+    ("repetition-4", "repetition_4", "", 3),
+    ("perplexity of held-out text", "perplexity", "perplexity_ratio", 2),
+)
+
+
 def _with_interval(metrics: Mapping[str, float], key: str, digits: int, sign: str = "") -> str:
-    value, low, high = (metrics[key + suffix] for suffix in ("", "_low", "_high"))
+    if key not in metrics:  # the KL of a model with another tokenizer
+        return "-"
+    value, low, high = (metrics.get(key + suffix, metrics[key]) for suffix in ("", "_low", "_high"))
     # "z": a change that rounds to nothing reads 0.000, not -0.000.
     shown = [f"{number:{sign}z.{digits}f}" for number in (value, low, high)]
     return shown[0] if low == high else f"{shown[0]} [{shown[1]}, {shown[2]}]"

@@ -1,43 +1,69 @@
-"""The evaluate stage: SFT against PPO on held-out prompts, with judges that no stage trained on."""
+"""The evaluate stage: two or more policies on held-out prompts, with judges that no stage trained on."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from rlhf.artifacts import Artifact
-from rlhf.data import Renderer, load_data_recipe, load_rows
-from rlhf.evaluation.compare import PolicySamples, compare
-from rlhf.evaluation.judges import SentimentJudge, vader_judge
+from rlhf.artifacts import Artifact, sha256_file
+from rlhf.data import Renderer
+from rlhf.errors import UserError
+from rlhf.evaluation import frontier
+from rlhf.evaluation.compare import PolicySamples, compare, with_limits
+from rlhf.evaluation.llm_judge import judge_pairs, read_key
+from rlhf.evaluation.policies import (
+    Sampler,
+    Scores,
+    evaluate_policy,
+    held_out_texts,
+    kept_steps,
+    load_kept,
+    sampling_settings,
+    step_dir,
+)
+from rlhf.evaluation.ranking import length_controlled_win_rate
 from rlhf.evaluation.report import write_report
-from rlhf.functions import TextFunction, call_text_function, function_name, load_function, source_hashes
+from rlhf.evaluation.statistics import bootstrap_interval
+from rlhf.functions import load_function, source_hashes
 from rlhf.logs import append_row
-from rlhf.models import compute_dtype, load_model, load_tokenizer
-from rlhf.recipe import JudgeSource, Recipe
-from rlhf.sampling import Samples, fitting_rows, response_logprob_sums, sample_responses, score_sequences
+from rlhf.models import check_position_limit, compute_dtype, load_model, load_tokenizer
+from rlhf.recipe import LlmJudgeSection, Recipe
+from rlhf.sampling import Samples, fitting_rows
 from rlhf.stage import Stage, StageContext
 
 logger = logging.getLogger(__name__)
 
-POLICIES = ("sft", "ppo")
-
 
 def check(ctx: StageContext) -> None:
     """See `Stage.check`."""
+    section, ppo = ctx.recipe.evaluate, ctx.recipe.ppo
     compute_dtype(ctx.recipe)
-    for judge in ctx.recipe.evaluate.judges:
+    if section.llm_judge is not None:
+        read_key(section.llm_judge)
+    for judge in section.judges:
         if judge.function is not None:
             load_function(judge.function)
+        if judge.artifact is not None and "reward_statistics" not in ctx.inputs[judge.artifact].manifest:
+            raise UserError(f"evaluate.judges: artifact {judge.artifact} is no reward model: name one")
+    for policy in section.policies:
+        if policy.step is not None:
+            step_dir(ctx.inputs[policy.artifact], policy.step)
+        if policy.model is not None:
+            load_tokenizer(policy.model, **({"revision": policy.revision} if policy.revision else {}))
+            length = ppo.max_prompt_length + ppo.response_length
+            check_position_limit(policy.model, length, "ppo.max_prompt_length + response_length")
 
 
 def build(ctx: StageContext) -> dict[str, Any]:
-    """Sample both policies with common random numbers, score, compare, report; see `Stage.build`. Rank 0 works."""
+    """Sample all policies with common random numbers, score, compare, report; see `Stage.build`. Rank 0 works."""
     if not PartialState().is_main_process:
         return {}
     section = ctx.recipe.evaluate
@@ -47,99 +73,112 @@ def build(ctx: StageContext) -> dict[str, Any]:
     rows = ctx.rows(section.data or ctx.recipe.ppo.data, section.split, "prompts")
     rows = fitting_rows(rows, renderer, ctx.recipe.ppo.max_prompt_length)
     rows = rows[: section.prompts]
-    samples = sample_policies(ctx, renderer, [row["prompt"] for row in rows])
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-    judges = {judge.name: load_judge(judge, ctx.root) for judge in section.judges}
-    policies = [judged(ctx, name, *samples[name], tokenizer.pad_token_id, columns, judges) for name in POLICIES]
-    result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed)
-    history = ctx.inputs["ppo"].metrics()
+    scores = Scores(ctx, columns, tokenizer.pad_token_id)
+    reference = load_model(ctx.inputs["sft"].model_dir).to(PartialState().device).eval()
+    settings = sampling_settings(ctx.recipe)
+    held_out = held_out_texts(ctx, renderer)
+    sampler = Sampler(ctx, renderer, [row["prompt"] for row in rows], settings, reference, held_out)
+    evaluated = [evaluate_policy(sampler, scores, source) for source in section.policies]
+    policies = [policy for policy, _ in evaluated]
+    result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed) | {"sampling": settings}
+    if section.llm_judge is not None:
+        ask_llm(section.llm_judge, policies, result, {"num_resamples": section.bootstrap, "seed": ctx.seed})
+    if section.best_of_n > 1:
+        result["frontier"] = reward_against_kl(ctx, sampler, scores)
+    trained = ppo_artifact(ctx)
+    history = trained.metrics() if trained else None
     write_report(ctx.dir, result, policies, history, judge=headline_judge(ctx.recipe), seed=ctx.seed)
-    for policy, name in zip(policies, POLICIES, strict=True):
-        _write_samples(ctx.dir, policy, samples[name][0])
+    for policy, samples in evaluated:
+        _write_samples(ctx.dir, policy, samples)
     append_row(ctx.dir / "metrics.jsonl", {"step": 0} | result["metrics"])
     return {"metrics": result["metrics"], "comparison": result}
+
+
+def ask_llm(
+    section: LlmJudgeSection, policies: Sequence[PolicySamples], result: dict[str, Any], options: dict[str, int]
+) -> None:
+    """Add the LLM judge's win rates over the first policy to `result`."""
+    first, *others = policies
+    count = min(section.prompts, len(first.prompts))
+    prompts, lengths = first.prompts[:count], first.lengths[:count]
+    result["pairwise"] = {"name": section.name, "model": section.model, "pairs": count}
+    for policy in others:
+        verdicts = judge_pairs(section, prompts, policy.responses[:count], first.responses[:count])
+        pair, wins = f"{policy.name}_vs_{first.name}", verdicts.wins
+        rate = bootstrap_interval(wins, clusters=prompts, **options)
+        equal = length_controlled_win_rate(
+            wins, [0.5] * count, policy.lengths[:count], lengths, clusters=prompts, **options
+        )
+        result["metrics"] |= with_limits(f"{pair}/win_rate_{section.name}", rate)
+        result["metrics"] |= with_limits(f"{pair}/lc_win_rate_{section.name}", equal)
+        result["metrics"][f"{pair}/order_agreement_{section.name}"] = verdicts.agreement
+        if verdicts.unread > 0.1:
+            logger.warning(
+                "llm judge: %.0f %% of the replies were neither A, B nor tie: raise evaluate.llm_judge.max_tokens, or "
+                "take a model that follows instructions",
+                100 * verdicts.unread,
+            )
+
+
+def reward_against_kl(ctx: StageContext, sampler: Sampler, scores: Scores) -> dict[str, Any]:
+    """Best-of-n on the SFT model and PPO at its kept steps: every score and the KL paid, on the same prompts.
+
+    Returns:
+        `best_of_n` and `steps`, rows as `frontier.frontier` and `frontier.policy_point` make them (without the scores
+        of single prompts), `published` step, `best_steps` by score, `findings`, and what they were computed from.
+    """
+    section = ctx.recipe.evaluate
+    options = {"num_resamples": section.bootstrap, "seed": ctx.seed}
+    part = replace(sampler, prompts=sampler.prompts[: section.frontier_prompts])
+    draws = [scores(part.draw(part.reference, part.renderer, number)) for number in range(section.best_of_n)]
+    columns = {name: np.array([draw[name] for draw in draws]).T for name in draws[0]}
+    rows = frontier.frontier(columns[scores.maximised], columns, **options)
+    curve: dict[str, Any] = {
+        "prompts": len(part.prompts), "samples": section.best_of_n, "scores": list(columns),
+        "trained": scores.maximised, "unseen": scores.unseen, "best_of_n": rows, "steps": [], "published": None,
+        "best_steps": {}, "findings": [], "sft_std": {name: float(values.std()) for name, values in columns.items()},
+    }  # fmt: skip
+    artifact = ppo_artifact(ctx)
+    if artifact is not None:
+        published = int(artifact.manifest["metrics"]["published_ppo_step"])
+        points = ppo_points(part, scores, artifact, published, options)
+        curve |= {
+            "steps": points,
+            "published": published,
+            "best_steps": {name: frontier.best_step(points, name) for name in columns},
+            "findings": frontier.findings(rows, points, published, scores.unseen, **options),
+        }
+        for finding in curve["findings"]:
+            logger.warning("%s", finding["text"])
+    for row in [*rows, *curve["steps"]]:
+        for point in row["scores"].values():
+            point.pop("by_prompt")
+    return curve
+
+
+def ppo_points(
+    sampler: Sampler, scores: Scores, artifact: Artifact, published: int, options: dict[str, int]
+) -> list[dict[str, Any]]:
+    """The policies of the kept steps and of the published one, by step."""
+    points = []
+    for step in sorted({*kept_steps(artifact), published}):
+        place = artifact.model_dir if step == published else step_dir(artifact, step)
+        model = load_kept(place, sampler.ctx.inputs["sft"]).to(PartialState().device).eval()
+        samples = sampler.draw(model, sampler.renderer)
+        points.append(frontier.policy_point(step, sampler.kl(model, samples), scores(samples), **options))
+    return points
+
+
+def ppo_artifact(ctx: StageContext) -> Artifact | None:
+    """The first of the policies' artifacts that PPO made."""
+    sources = [ctx.inputs[policy.artifact] for policy in ctx.recipe.evaluate.policies if policy.artifact]
+    return next((artifact for artifact in sources if artifact.stage == "ppo"), None)
 
 
 def headline_judge(recipe: Recipe) -> str | None:
     """Name of the first judge; None = the report's own choice."""
     return recipe.evaluate.judges[0].name if recipe.evaluate.judges else None
-
-
-def sample_policies(ctx: StageContext, renderer: Renderer, prompts: list) -> dict[str, tuple[Samples, list[float]]]:
-    """Per policy: its responses and their KL to the SFT model in nats, (log pi - log pi_ref) of the sampled tokens."""
-    ppo, dtype = ctx.recipe.ppo, compute_dtype(ctx.recipe)
-    device, pad = PartialState().device, renderer.tokenizer.pad_token_id
-    models = {name: load_model(ctx.inputs[name].model_dir).to(device).eval() for name in POLICIES}
-    result = {}
-    for name, model in models.items():
-        samples = sample_responses(
-            model,
-            renderer,
-            prompts,
-            ppo.response_length,
-            ppo.temperature,
-            ctx.seed,
-            top_p=ppo.top_p,
-            stop_strings=ppo.stop_strings,
-            dtype=dtype,
-        )
-        own = response_logprob_sums(model, samples, ppo.temperature, pad)
-        reference = own if name == "sft" else response_logprob_sums(models["sft"], samples, ppo.temperature, pad)
-        result[name] = samples, [a - b for a, b in zip(own, reference, strict=True)]
-    return result
-
-
-def judged(
-    ctx: StageContext,
-    name: str,
-    samples: Samples,
-    kl: list[float],
-    pad_id: int,
-    columns: dict[str, list],
-    judges: dict[str, TextFunction],
-) -> PolicySamples:
-    """One policy's samples with every reward and judge score."""
-    scores: dict[str, list[float]] = {}
-    timeout = ctx.recipe.ppo.reward_timeout
-    for source in ctx.recipe.ppo.rewards:
-        if source.artifact is not None:
-            scores[Path(source.artifact).name] = reward_scores(ctx, ctx.inputs[source.artifact], samples, pad_id)
-        else:
-            function = load_function(source.function)
-            scores[function_name(function)] = call_text_function(
-                function, samples.prompts, samples.responses, columns, timeout
-            )
-    for judge, function in judges.items():
-        scores[judge] = call_text_function(function, samples.prompts, samples.responses, columns, timeout)
-    return PolicySamples(name, samples.prompts, samples.responses, samples.lengths, samples.has_eos, kl, scores)
-
-
-def load_judge(judge: JudgeSource, root: Path | None = None) -> TextFunction:
-    """The callable of a recipe's judge; a fitted one comes from the cache when it can."""
-    if judge.function is not None:
-        return load_function(judge.function)
-    if judge.vader:
-        return vader_judge
-    rows = load_rows(load_data_recipe(judge.sentiment), "judge", "rated", root=root)
-    fitted = SentimentJudge.fit([row["text"] for row in rows], [row["label"] for row in rows])
-    logger.info(
-        "judge %s: held-out accuracy %.3f, %.3f on their first %d words (%d texts)",
-        judge.name,
-        fitted.held_out_accuracy,
-        fitted.held_out_short_accuracy,
-        fitted.settings.short_words,
-        fitted.held_out_n,
-    )
-    return fitted
-
-
-@torch.no_grad()
-def reward_scores(ctx: StageContext, artifact: Artifact, samples: Samples, pad_id: int) -> list[float]:
-    """Scores as PPO sees them before the missing-EOS rule: SFT samples average 0 with std 1."""
-    model = load_model(artifact.model_dir, "score").to(PartialState().device).eval()
-    ids = [prompt + response for prompt, response in zip(samples.prompt_ids, samples.response_ids, strict=True)]
-    statistics = artifact.manifest["reward_statistics"]
-    return [(score - statistics["mean"]) / statistics["std"] for score in score_sequences(model, ids, pad_id)]
 
 
 def _write_samples(directory: Path, policy: PolicySamples, samples: Samples) -> None:
@@ -152,7 +191,7 @@ def _write_samples(directory: Path, policy: PolicySamples, samples: Samples) -> 
                 "response": samples.responses[i],
                 "response_ids": samples.response_ids[i],
                 "scores": {name: round(values[i], 4) for name, values in policy.scores.items()},
-                "kl": round(policy.kl[i], 4),
+                "kl": None if policy.kl is None else round(policy.kl[i], 4),
                 "length": policy.lengths[i],
                 "has_eos": policy.has_eos[i],
             }
@@ -160,19 +199,27 @@ def _write_samples(directory: Path, policy: PolicySamples, samples: Samples) -> 
 
 
 def _inputs(recipe: Recipe) -> list[str]:
-    rewards = [source.artifact for source in recipe.ppo.rewards if source.artifact]
-    return [*POLICIES, *dict.fromkeys(rewards)]
+    sources = [*recipe.evaluate.policies, *recipe.ppo.rewards, *recipe.evaluate.judges]
+    return list(dict.fromkeys(["sft", *(source.artifact for source in sources if source.artifact)]))
 
 
 def _data(recipe: Recipe) -> list[str]:
     judges = [judge.sentiment for judge in recipe.evaluate.judges if judge.sentiment]
-    return [recipe.evaluate.data or recipe.ppo.data, *judges]
+    held_out = [recipe.sft.data] if recipe.evaluate.perplexity_rows else []
+    return [recipe.evaluate.data or recipe.ppo.data, *judges, *held_out]
 
 
 def _also(recipe: Recipe) -> dict[str, Any]:
     keys = {"max_prompt_length", "response_length", "temperature", "top_p", "stop_strings", "rewards"}
+    keys |= {"keep_policies_every", "reward_aggregation", "uncertainty_coef"}
     functions = [source.function for source in (*recipe.ppo.rewards, *recipe.evaluate.judges)]
-    return recipe.ppo.model_dump(mode="json", include=keys) | {"functions": source_hashes(functions)}
+    folders = [Path(policy.model) for policy in recipe.evaluate.policies if policy.model]
+    weights = {
+        path.as_posix(): sha256_file(path) for folder in folders for path in sorted(folder.glob("*.safetensors"))
+    }
+    also = {"functions": source_hashes(functions), "weights": weights}
+    held_out = recipe.sft.model_dump(mode="json", include={"data", "eval_split", "max_length"})
+    return recipe.ppo.model_dump(mode="json", include=keys) | also | {"sft": held_out}
 
 
-STAGE = Stage("evaluate", 1, inputs=_inputs, data=_data, check=check, build=build, also=_also)
+STAGE = Stage("evaluate", 2, inputs=_inputs, data=_data, check=check, build=build, also=_also)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -52,7 +52,7 @@ def bootstrap_interval(
     Raises:
         UserError: no values, a value that is not finite, clusters of another length, confidence out of range.
     """
-    array = _finite(values, "bootstrap values")
+    array = finite(values, "bootstrap values")
     _check_confidence(confidence)
     if num_resamples < 1:
         raise UserError(f"bootstrap: num_resamples is {num_resamples}; give at least 1")
@@ -82,7 +82,7 @@ def win_rate(
     Raises:
         UserError: different lengths, and what `bootstrap_interval` refuses.
     """
-    first, second = _finite(a, "win rate: first scores"), _finite(b, "win rate: second scores")
+    first, second = finite(a, "win rate: first scores"), finite(b, "win rate: second scores")
     if first.shape != second.shape:
         raise UserError(f"win rate: got {len(first)} and {len(second)} scores; score both policies on the same prompts")
     wins = (first > second) + 0.5 * (first == second)
@@ -143,7 +143,12 @@ def _resampled_means(
     return np.concatenate(means)
 
 
-def _finite(values: ArrayLike, what: str) -> NDArray[np.float64]:
+def finite(values: ArrayLike, what: str) -> NDArray[np.float64]:
+    """[N] float64 of what was given.
+
+    Raises:
+        UserError: not one-dimensional, empty, or a number that is not finite; `what` names it.
+    """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not array.size:
         raise UserError(f"{what}: got shape {array.shape}; give a non-empty list of numbers, one per response")
@@ -151,6 +156,17 @@ def _finite(values: ArrayLike, what: str) -> NDArray[np.float64]:
         index = int(np.flatnonzero(~np.isfinite(array))[0])
         raise UserError(f"{what}: entry {index} is {array[index]}; give finite numbers only")
     return array
+
+
+def check_same_length(lists: Mapping[str, NDArray[np.float64]]) -> None:
+    """Refuse lists that do not belong to the same responses.
+
+    Raises:
+        UserError: lengths differ.
+    """
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"statistics: lengths differ: {lengths}; give one number per response in each")
 
 
 def _check_confidence(confidence: float) -> None:

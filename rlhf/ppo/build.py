@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.artifacts import Artifact
+from rlhf.artifacts import KEPT_POLICIES, Artifact
 from rlhf.errors import UserError
 from rlhf.functions import load_function
 from rlhf.models import (
@@ -323,6 +323,17 @@ def publish_models(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, state:
     critic = _published_critic(ctx, state, policy)
     save_model(critic, tokenizer, ctx.dir / "critic")
     check_saved(critic, ctx.dir / "critic", "score")
+
+
+def publish_policies(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, kept: dict[int, dict[str, Tensor]]) -> None:
+    """Write the policies of kept steps to `policies/step_N/`: a model each, with LoRA an adapter of the SFT model."""
+    for step, state in kept.items():
+        directory = ctx.dir / KEPT_POLICIES / f"step_{step:06d}"
+        if ctx.recipe.uses_peft("ppo"):
+            config = lora_config(ctx.recipe.peft, "CAUSAL_LM", dropout=False)
+            _merge_lora(ctx, state, "policy", "causal", config, directory)
+        else:
+            save_model(_full_policy(ctx, state), tokenizer, directory)
 
 
 def _full_policy(ctx: StageContext, state: dict[str, Tensor]) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 A checkpoint holds, per rank, one file that `torch.load(weights_only=True)` reads: trained weights and Adam's moments as
 that rank holds them (where they are not sharded, in rank 0's file alone) and the global random generators. Counters and
 controllers are JSON. It is written beside its place, sealed (`rlhf/checkpoints.py`) and renamed. The best policy so far
-is a folder of its own, named by its step.
+is a folder of its own, named by its step, and so are those that `ppo.keep_policies_every` keeps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STATE, WEIGHTS = "trainer.json", "weights.pt"
+STATE, WEIGHTS, POLICY = "trainer.json", "weights.pt", "policy_"
 
 
 def trainable_state(model: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
@@ -107,21 +107,41 @@ class Checkpointer:
 
     def save_best(self, trainer: PPOTrainer) -> None:
         """Write the trained weights of this step; those that a checkpoint names are kept beside them."""
-        state = trainable_state(trainer.model, self.accelerator)
-        final = self._best(trainer.ppo_step)
-        tmp = self._new(final)
+        self._save_weights(self._best(trainer.ppo_step), trainable_state(trainer.model, self.accelerator))
         if self.accelerator.is_main_process:
-            torch.save(state, tmp / WEIGHTS)
-            seal(tmp, environment())
-            replace_dir(tmp, final)
             self._prune_best(trainer)
         self.accelerator.wait_for_everyone()
+
+    def save_policy(self, trainer: PPOTrainer) -> None:
+        """Write the trained weights of this step's policy, without the critic's; they stay until it is published."""
+        state = trainable_state(trainer.model, self.accelerator)
+        own = {name: value for name, value in state.items() if name.startswith("policy.") and ".critic." not in name}
+        self._save_weights(self.directory / f"{POLICY}{trainer.ppo_step:06d}", own)
+
+    def policies(self) -> dict[int, dict[str, Tensor]]:
+        """Trained tensors of the policies that were kept, by step; read where they are used."""
+        paths = sorted(path for path in self.directory.glob(f"{POLICY}*") if path.suffix != ".tmp")
+        return {
+            int(path.name.removeprefix(POLICY)): torch.load(
+                path / WEIGHTS, map_location="cpu", weights_only=True, mmap=True
+            )
+            for path in paths
+        }
 
     def best_state(self, trainer: PPOTrainer) -> dict[str, Tensor]:
         """Trained tensors of the step to publish, on rank 0: the best one, or the last where none is tracked."""
         if trainer.best is None:
             return trainable_state(trainer.model, self.accelerator)
         return torch.load(self._best(trainer.best[1]) / WEIGHTS, map_location="cpu", weights_only=True)
+
+    def _save_weights(self, final: Path, state: dict[str, Tensor]) -> None:
+        """Every rank calls this; rank 0 writes what it holds."""
+        tmp = self._new(final)
+        if self.accelerator.is_main_process:
+            torch.save(state, tmp / WEIGHTS)
+            seal(tmp, environment())
+            replace_dir(tmp, final)
+        self.accelerator.wait_for_everyone()
 
     def _new(self, final: Path) -> Path:
         """An empty folder beside `final`, on every rank."""

@@ -120,11 +120,18 @@ class RunningMoments:
         self.count, self.mean, self.var = int(state["count"]), state["mean"], state["var"]
 
 
-def aggregate(scores: list[Tensor], weights: list[float], how: str) -> Tensor:
-    """One score [B] from weighted sources [B]: their sum, mean, or the worst of them."""
+def aggregate(scores: list[Tensor], weights: list[float], how: str, uncertainty_coef: float = 1.0) -> Tensor:
+    """One score [B] from weighted sources [B]: their sum, mean, the worst of them, or penalised where they disagree.
+
+    Source:
+        Coste et al. 2023, *Reward Model Ensembles Help Mitigate Overoptimization*: mean, worst-case and
+        uncertainty-weighted. They subtract the variance; we the standard deviation, which has the unit of a score.
+    """
     weighted = torch.stack([weight * score for weight, score in zip(weights, scores, strict=True)])
     if how == "sum":
         return weighted.sum(dim=0)
+    if how == "penalised":
+        return weighted.mean(dim=0) - uncertainty_coef * weighted.std(dim=0, unbiased=False)
     return weighted.mean(dim=0) if how == "mean" else weighted.amin(dim=0)
 
 

@@ -29,12 +29,14 @@ from rlhf.ppo.build import (
     critic_source,
     is_adapter_of,
     publish_models,
+    publish_policies,
     wants_compile,
     wants_graphs,
 )
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.trainer import PPOTrainer, Prompts
-from rlhf.recipe import Recipe
+from rlhf.recipe import Recipe, RewardGateSection
+from rlhf.reward import gate
 from rlhf.stage import Stage, StageContext
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ def check(ctx: StageContext) -> None:
             load_function(source.function)
         elif "reward_statistics" not in ctx.inputs[source.artifact].manifest:
             raise UserError(f"ppo.rewards: artifact {source.artifact} is no reward model: name a `reward` stage")
+    check_reward_gate(ctx)
     warn_other_sampling(ctx)
     if config.gradient_checkpointing and recipe.uses_peft("ppo") and config.critic == "separate":
         raise UserError(
@@ -105,6 +108,33 @@ def check(ctx: StageContext) -> None:
                 f"ppo.critic_init: {source.path} holds no adapter of this run's SFT model, which a LoRA critic starts "
                 "from: add `reward` to peft.stages and redo it, or set ppo.critic_init: sft"
             )
+
+
+def check_reward_gate(ctx: StageContext) -> None:
+    """Say aloud what the reports on the reward models say; their measurements, by this recipe's thresholds.
+
+    Raises:
+        UserError: one says fail, and `ppo.ignore_reward_gate` is off.
+    """
+    config = ctx.recipe.ppo
+    thresholds = ctx.recipe.reward.gate if ctx.recipe.reward else RewardGateSection()
+    for source in config.rewards:
+        if source.artifact is None or source.weight == 0:
+            continue
+        checks = gate.judge_artifact(ctx.inputs[source.artifact], thresholds)
+        if checks is None:
+            logger.warning("reward gate of %s: not measured: `make report STAGE=reward` does it", source.artifact)
+            continue
+        found, reasons = gate.verdict(checks), gate.lines(checks)
+        logger.info("reward gate of %s: %s", source.artifact, found.upper())
+        if found == "fail" and not config.ignore_reward_gate:
+            failed = [reason for reason in reasons if reason.startswith("FAIL")]
+            raise UserError(
+                f"ppo.rewards: the gate of artifact {source.artifact} says {' | '.join(failed)}: mend the reward model "
+                "(report.html beside it has more), or set ppo.ignore_reward_gate=true"
+            )
+        for reason in reasons:
+            logger.warning("reward gate of %s: %s", source.artifact, reason)
 
 
 def warn_other_sampling(ctx: StageContext) -> None:
@@ -203,6 +233,7 @@ def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: PreTrainedTokeni
         metrics["critic_bias"] = float(state["value_bias"])
     if trainer.accelerator.is_main_process:
         publish_models(ctx, tokenizer, state)
+        publish_policies(ctx, tokenizer, trainer.checkpointer.policies())
         write_card(ctx, metrics, "Policy aligned with PPO; its critic is beside it in `critic/`.")
     return {
         "tokenizer": tokenizer_identity(tokenizer),

@@ -184,6 +184,8 @@ class PPOTrainer:
             self.writer.write_samples(self.ppo_step, rollout if sampled else None, fixed)
             if self.bad_updates.too_many:
                 self._give_up()
+            if self._due(self.config.keep_policies_every):
+                self.checkpointer.save_policy(self)  # before the checkpoint, after which this step is not run again
             signal, bad = requested(), self._had_bad_update()
             # Not in a step with a bad update: the checkpoint from before it stays.
             if not bad and (signal or self._due(self.config.checkpoint_every or self.config.total_steps)):
@@ -350,7 +352,8 @@ class PPOTrainer:
         rollout.raw_scores = {s.name: s.score(rollout, budget, self.accelerator) for s in self.rewards}
         rewarding = [source for source in self.rewards if source.weight != 0]  # weight 0: a judge, only measured
         raw = [rollout.raw_scores[source.name] for source in rewarding]
-        scores = aggregate(raw, [source.weight for source in rewarding], config.reward_aggregation)
+        weights = [source.weight for source in rewarding]
+        scores = aggregate(raw, weights, config.reward_aggregation, config.uncertainty_coef)
         if update and self.running is not None and bool(torch.isfinite(scores).all()):  # NaN would stay in the mean
             self.running.update(scores)
         rollout.scores = shape_scores(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class BaselineReport:
         low, high: 95 % Wilson interval.
         n: number of test pairs.
         rule: what it has learned, in words.
+        margins: [n], above 0 where it prefers the chosen response.
     """
 
     name: str
@@ -48,6 +49,7 @@ class BaselineReport:
     high: float
     n: int
     rule: str
+    margins: np.ndarray = field(repr=False, compare=False)
 
 
 def length_baseline(train_pairs: Sequence[Pair], test_pairs: Sequence[Pair]) -> BaselineReport:
@@ -128,7 +130,7 @@ def _report(name: str, margins: np.ndarray, rule: str) -> BaselineReport:
     """From margins [N], positive where the baseline prefers the chosen response."""
     right = float((margins > 0).sum() + 0.5 * (margins == 0).sum())
     interval = wilson_interval(right, len(margins))
-    return BaselineReport(name, interval.value, interval.low, interval.high, interval.n, rule)
+    return BaselineReport(name, interval.value, interval.low, interval.high, interval.n, rule, margins)
 
 
 def _check(pairs: Sequence[Pair], what: str) -> None:

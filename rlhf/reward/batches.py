@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
+EXTRA = ("prompt_length", "margin")  # columns of a pair, beside its ids, that the objective may read
 POOL = 32  # batches whose pairs are sorted together: more of them leave less padding and less chance
 
 
@@ -58,7 +59,9 @@ class PairCollator:
         self.pad_id = pad_id
 
     def __call__(self, pairs: list[dict[str, Sequence[int] | Tensor]]) -> dict[str, Tensor]:
-        """`input_ids` [2n,T], and `tokens`: how many of them are real."""
+        """`input_ids` [2n,T], `lengths` [2n], their sum `tokens`, and the columns of `EXTRA` [n] that pairs have."""
         rows = [torch.as_tensor(pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
-        return {"input_ids": ids, "tokens": torch.tensor(sum(map(len, rows)))}
+        lengths = torch.tensor([len(row) for row in rows])
+        extra = {key: torch.stack([torch.as_tensor(pair[key]) for pair in pairs]) for key in EXTRA if key in pairs[0]}
+        return {"input_ids": ids, "lengths": lengths, "tokens": lengths.sum()} | extra

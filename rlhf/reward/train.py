@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -13,12 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
+from rlhf.artifacts import Artifact, check_name
 from rlhf.cards import write_card
 from rlhf.data import Renderer
 from rlhf.errors import UserError
-from rlhf.evaluation.statistics import wilson_interval
+from rlhf.locks import locked
 from rlhf.logs import check_trackers
 from rlhf.models import (
+    captured_hidden_states,
     check_position_limit,
     compile_blocks,
     compute_dtype,
@@ -30,12 +35,12 @@ from rlhf.models import (
     tokenizer_identity,
 )
 from rlhf.recipe import Recipe
-from rlhf.reward.baselines import length_baseline, tfidf_baseline
-from rlhf.reward.batches import LengthSampler, PairCollator, pair_lengths
-from rlhf.reward.losses import pairwise_loss
+from rlhf.reward import report
+from rlhf.reward.batches import EXTRA, LengthSampler, PairCollator, pair_lengths
+from rlhf.reward.objective import Objective, frozen_head
 from rlhf.sampling import fitting_rows, score_sequences
 from rlhf.sft import sample_published
-from rlhf.stage import Stage, StageContext
+from rlhf.stage import Stage, StageContext, check_lineage, differences, is_main_process, load_inputs
 from rlhf.trainers import ExactResume, check_trainer_args, in_curriculum_order, run_trainer, save_trained, trainer_args
 
 logger = logging.getLogger(__name__)
@@ -49,6 +54,13 @@ class ExactRewardTrainer(ExactResume, RewardTrainer):
     Pairs of like length go together, the forward needs no mask, and metrics stay on the device until they are logged:
     TRL's own waits for it six times a step.
     """
+
+    objective: Objective
+    _signature_columns: Any
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = sorted({*(self._signature_columns or ()), *EXTRA})
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -64,15 +76,13 @@ class ExactRewardTrainer(ExactResume, RewardTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Bradley-Terry, as TRL's, on raw scores; `reward.trainer`'s `center_rewards_coefficient` applies."""
-        # Causal attention never looks at the padding on the right. Without a mask it has its fastest kernel.
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        """The recipe's objective on raw scores; without its options that is TRL's loss."""
+        wanted = self.objective.head is not None
+        with captured_hidden_states(self.accelerator.unwrap_model(model)) if wanted else nullcontext() as states:
+            # Causal attention never looks at the padding on the right. Without a mask it has its fastest kernel.
+            outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
-        chosen, rejected = scores.chunk(2)
-        loss = pairwise_loss(chosen, rejected)
-        centre = self.args.center_rewards_coefficient  # type: ignore[attr-defined]
-        if centre is not None:
-            loss = loss + centre * (chosen + rejected).square().mean()
+        loss = self.objective(scores, inputs, states[0] if states else None)
         self._keep_metrics(scores.detach(), inputs["tokens"])
         return (loss, outputs) if return_outputs else loss
 
@@ -100,25 +110,54 @@ class ExactRewardTrainer(ExactResume, RewardTrainer):
         super().log(logs, start_time)
 
 
-def rendered_pairs(rows: list[dict], renderer: Renderer, max_length: int, where: str) -> tuple[Dataset, list[dict]]:
+def rendered_pairs(
+    rows: list[dict], renderer: Renderer, max_length: int, where: str, margin_scale: float | None = None
+) -> tuple[Dataset, list[dict]]:
     """`chosen_ids` and `rejected_ids` (prompt and response, EOS last) of each pair, and the rows that fitted.
 
+    Beside them `prompt_length` in tokens, and with `margin_scale` the pair's `margin` times it.
+
     Raises:
-        UserError: no pair fits.
+        UserError: no pair fits, or one has no number as its margin.
     """
-    chosen, rejected, kept = [], [], []
+    chosen, rejected, kept, prompts = [], [], [], []
     for row in rows:
         prompt = renderer.prompt_ids(row["prompt"])
         pair = [prompt + renderer.response_ids(row["prompt"], row[side]) for side in ("chosen", "rejected")]
         if max(map(len, pair)) <= max_length:
             chosen.append(pair[0])
             rejected.append(pair[1])
+            prompts.append(len(prompt))
             kept.append(row)
     if not kept:
         raise UserError(f"{where}: none of {len(rows)} pairs fits max_length {max_length} tokens: raise it")
     if len(kept) < len(rows):
         logger.info("%s: dropped %d of %d pairs above %d tokens", where, len(rows) - len(kept), len(rows), max_length)
-    return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected}), kept
+    columns = {"chosen_ids": chosen, "rejected_ids": rejected, "prompt_length": prompts}
+    if margin_scale is not None:
+        columns["margin"] = [margin_scale * _margin(row, where) for row in kept]
+    return Dataset.from_dict(columns), kept
+
+
+def _margin(row: dict, where: str) -> float:
+    value = row.get("margin")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(
+            f"{where}: reward.margin_scale is set, but a pair's margin is {value!r}: name the column of numbers with "
+            "`keep: {margin: column}` in the data recipe"
+        )
+    return float(value)
+
+
+def load_pairs(ctx: StageContext, renderer: Renderer) -> tuple[tuple[Dataset, list[dict]], tuple[Dataset, list[dict]]]:
+    """The training pairs and the held-out ones, as `rendered_pairs` gives them."""
+    section = ctx.recipe.reward
+    train = ctx.rows(section.data, section.split, "preference", limit=section.limit, seed=ctx.seed)
+    test = ctx.rows(section.data, section.eval_split, "preference")
+    return (
+        rendered_pairs(train, renderer, section.max_length, "reward", section.margin_scale),
+        rendered_pairs(test, renderer, section.max_length, "reward eval", section.margin_scale),
+    )
 
 
 def check(ctx: StageContext) -> None:
@@ -128,6 +167,8 @@ def check(ctx: StageContext) -> None:
     check_trackers(ctx.recipe.logging.report_to)
     check_trainer_args(RewardConfig, section.trainer, "reward.trainer")
     check_position_limit(ctx.inputs["sft"].model_dir, section.max_length, "reward.max_length")
+    for other in section.report.ood if is_main_process() else ():  # a misspelt name must not cost the training
+        ctx.rows(other.data, other.split, "preference", limit=1)
 
 
 def build(ctx: StageContext) -> dict[str, Any]:
@@ -136,10 +177,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
     sft_dir = ctx.inputs["sft"].model_dir
     tokenizer = load_tokenizer(sft_dir)
     renderer = Renderer(tokenizer, recipe.model.chat)
-    train_rows = ctx.rows(section.data, section.split, "preference", limit=section.limit, seed=ctx.seed)
-    train, train_rows = rendered_pairs(train_rows, renderer, section.max_length, "reward")
-    test_rows = ctx.rows(section.data, section.eval_split, "preference")
-    test, test_rows = rendered_pairs(test_rows, renderer, section.max_length, "reward eval")
+    (train, train_rows), (test, test_rows) = load_pairs(ctx, renderer)
     options = {"train_sampling_strategy": "group_by_length"} | in_curriculum_order(section.data, section.trainer)
     args = trainer_args(RewardConfig, options, ctx, max_length=None)  # longer pairs are gone already
     trainer = reward_trainer(ctx, new_reward_model(sft_dir, ctx.seed), args, tokenizer, train, test)
@@ -149,14 +187,14 @@ def build(ctx: StageContext) -> dict[str, Any]:
     trainer.accelerator.wait_for_everyone()
     result: dict[str, Any] = {"tokenizer": tokenizer_identity(tokenizer), "metrics": metrics}
     if trainer.accelerator.is_main_process:
-        measured = Measured(ctx, renderer)
-        metrics |= measured.accuracy(test)
-        if section.baselines:
-            metrics |= baselines(train_rows, test_rows)
-        result["reward_statistics"] = measured.statistics()
-        write_card(
-            ctx, metrics | result["reward_statistics"], "Scalar reward model; scores are raw (see the manifest)."
-        )
+        found = report.report_on(ctx, ctx.dir, train_rows, test_rows)
+        metrics |= headline(found)
+        result["gate"] = report.summary(found)
+        report.say(found, ctx.final)
+        result["reward_statistics"] = statistics(ctx, renderer)
+        verdict = result["gate"]["verdict"].upper()
+        summary = f"Scalar reward model; scores are raw (see the manifest). Its gate says {verdict} (report.html)."
+        write_card(ctx, metrics | result["reward_statistics"], summary)
     return result
 
 
@@ -179,6 +217,9 @@ def reward_trainer(
         data_collator=PairCollator(tokenizer.pad_token_id),
         peft_config=lora_config(recipe.peft, "SEQ_CLS") if recipe.uses_peft("reward") else None,
     )
+    section = recipe.reward
+    head = frozen_head(ctx.inputs["sft"].model_dir) if section.lm_coef else None
+    trainer.objective = Objective(section, args.center_rewards_coefficient, head)
     trainer.train_dataset = [{key: torch.tensor(ids) for key, ids in pair.items()} for pair in train]
     for module in trainer.model.modules():  # GPT-2 would look for padding without a mask: a wait for the device
         if isinstance(module, PreTrainedModel):
@@ -198,52 +239,78 @@ def wants_compile(recipe: Recipe, pairs: int, args: Any) -> bool:
     return args.device.type == "cuda" and steps >= COMPILE_FROM_STEPS
 
 
-class Measured:
-    """Measurements of the published reward model: what PPO will load, not what training had in memory."""
+def statistics(ctx: StageContext, renderer: Renderer) -> dict[str, float]:
+    """Mean and std of the raw score on responses that the SFT model samples; PPO shifts and scales by them.
 
-    def __init__(self, ctx: StageContext, renderer: Renderer) -> None:
-        self.ctx, self.renderer = ctx, renderer
-        self.model = load_model(ctx.dir / "model", "score").to(PartialState().device).eval()
-
-    def _scores(self, sequences: list[list[int]]) -> numpy.ndarray:
-        return numpy.array(score_sequences(self.model, sequences, self.renderer.tokenizer.pad_token_id))
-
-    def accuracy(self, pairs: Dataset) -> dict[str, float]:
-        """Held-out accuracy with its 95 % Wilson interval; a tie counts one half."""
-        margin = self._scores(pairs["chosen_ids"]) - self._scores(pairs["rejected_ids"])
-        correct = float((margin > 0).sum() + 0.5 * (margin == 0).sum())
-        interval = wilson_interval(correct, len(margin))
-        return {
-            "accuracy": correct / len(margin),
-            "accuracy_low": interval.low,
-            "accuracy_high": interval.high,
-            "pairs": len(margin),
-            "margin": float(margin.mean()),
-        }
-
-    def statistics(self) -> dict[str, float]:
-        """Mean and std of the raw score on responses that the SFT model samples; PPO shifts and scales by them."""
-        recipe, section = self.ctx.recipe, self.ctx.recipe.reward
-        name, split = (recipe.ppo.data, recipe.ppo.split) if recipe.ppo else (section.data, section.split)
-        rows = self.ctx.rows(name, split, "prompts")
-        rows = fitting_rows(rows, self.renderer, recipe.ppo.max_prompt_length if recipe.ppo else None)
-        prompts = [row["prompt"] for row in rows[: section.normalize_samples]]
-        samples = sample_published(self.ctx, self.renderer, prompts, self.ctx.inputs["sft"].model_dir, self.ctx.seed)
-        ids = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
-        scores = self._scores(ids)
-        return {
-            "mean": float(scores.mean()),
-            "std": float(max(scores.std(), 1e-6)),
-            "samples": len(ids),
-            "temperature": recipe.ppo.temperature if recipe.ppo else 1.0,
-            "response_length": recipe.ppo.response_length if recipe.ppo else max(samples.lengths),
-        }
+    Of the published model: what PPO will load, not what training had in memory.
+    """
+    recipe, section = ctx.recipe, ctx.recipe.reward
+    name, split = (recipe.ppo.data, recipe.ppo.split) if recipe.ppo else (section.data, section.split)
+    rows = ctx.rows(name, split, "prompts")
+    rows = fitting_rows(rows, renderer, recipe.ppo.max_prompt_length if recipe.ppo else None)
+    prompts = [row["prompt"] for row in rows[: section.normalize_samples]]
+    samples = sample_published(ctx, renderer, prompts, ctx.inputs["sft"].model_dir, ctx.seed)
+    ids = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
+    model = load_model(ctx.dir / "model", "score").to(PartialState().device).eval()
+    scores = numpy.array(score_sequences(model, ids, renderer.tokenizer.pad_token_id))
+    return {
+        "mean": float(scores.mean()),
+        "std": float(max(scores.std(), 1e-6)),
+        "samples": len(ids),
+        "temperature": recipe.ppo.temperature if recipe.ppo else 1.0,
+        "response_length": recipe.ppo.response_length if recipe.ppo else max(samples.lengths),
+    }
 
 
-def baselines(train_rows: list[dict], test_rows: list[dict]) -> dict[str, float]:
-    """Held-out accuracy of trivial models: a reward model that does not beat them has learned nothing."""
-    length, words = length_baseline(train_rows, test_rows), tfidf_baseline(train_rows, test_rows)
-    return {"accuracy_length_only": length.accuracy, "accuracy_tfidf": words.accuracy}
+def headline(found: dict[str, Any]) -> dict[str, float]:
+    """What the manifest says of the report: held-out accuracy with its 95 % interval, and that of the baselines."""
+    accuracy, table = found["accuracy"], found["table"]
+    metrics = {
+        "accuracy": accuracy["value"],
+        "accuracy_low": accuracy["low"],
+        "accuracy_high": accuracy["high"],
+        "pairs": accuracy["n"],
+        "margin": float(numpy.mean(table["chosen"]) - numpy.mean(table["rejected"])),
+        "calibration_error": found["calibration"]["ece"],
+    }
+    keys = {"length-only": "accuracy_length_only", "TF-IDF": "accuracy_tfidf"}
+    return metrics | {keys[name]: item["value"] for name, item in found["baselines"].items()}
+
+
+PAIRS = ("data", "split", "eval_split", "max_length", "limit")  # settings that decide which pairs are used
+
+
+def redo_report(recipe: Recipe, root: Path, run: str | None = None, folder: str = "reward") -> Artifact:
+    """Measure a published reward model again, with the report settings and thresholds of the recipe at hand.
+
+    Args:
+        recipe: as for the stage.
+        root: the artifact directory.
+        run: folder of the run; None = the recipe's name.
+        folder: of the reward model in it.
+
+    Raises:
+        UserError: no reward artifact, damaged, or not the one that this recipe and SFT model make.
+    """
+    ctx = StageContext(replace(STAGE, folder=folder), recipe, Path(root), check_name(run or recipe.name, "--run"))
+    recipe.section("reward")
+    with locked(ctx.final.with_name(f"{folder}.lock")):
+        load_inputs(ctx)
+        check_lineage(ctx)
+        artifact, sft = Artifact.load(ctx.final), ctx.inputs["sft"]
+        made, wanted = artifact.manifest, recipe.reward.model_dump(mode="json")
+        old = {"sft": made["inputs"]["sft"], "seed": made["seed"]} | {k: made["recipe"]["reward"].get(k) for k in PAIRS}
+        new = {"sft": sft.hash, "seed": ctx.seed} | {key: wanted[key] for key in PAIRS}
+        changed = differences(old, new)
+        if changed:
+            raise UserError(
+                f"{ctx.final}: was not made by this recipe ({'; '.join(changed[:3])}): give the settings that made it, "
+                "or `make reward` first"
+            )
+        artifact.verify()
+        renderer = Renderer(load_tokenizer(sft.model_dir), recipe.model.chat)
+        (_, train_rows), (_, test_rows) = load_pairs(ctx, renderer)
+        return report.redo(ctx, artifact, train_rows, test_rows)
 
 
 STAGE = Stage(

@@ -320,6 +320,36 @@ CASES = [
     Case("no row fits", ("sft", "none of 12", "max_length 3", "raise it"), ("sft.max_length=3",), "sft"),
     # --------------------------------------------------------------------------------------------------------- data
     Case("unknown data recipe", ("'movie_review'", "did you mean 'movie_reviews'"), ("ppo.data=movie_review",)),
+    Case(
+        "unknown set of the reward report",
+        ("data recipe 'movie_review'", "did you mean 'movie_reviews'"),
+        ("reward.report.ood=[{data: movie_review}]",),
+        stage="reward",
+    ),
+    Case(
+        "paraphrase without the prompt",
+        ("reward.report.paraphrases", "{prompt} 0 times", "once"),
+        ("reward.report.paraphrases=[Really]",),
+        stage="reward",
+    ),
+    Case(
+        "margins that the data have not",
+        ("reward.margin_scale", "margin is None", "keep: {margin: column}"),
+        ("reward.margin_scale=1.0",),
+        stage="reward",
+    ),
+    Case(
+        "kept column that the data have not",
+        ("keep.category", "no column 'kind'", "it has chosen, prompt, rejected"),
+        stage="reward",
+        prepare=data("preference", keep={"category": "kind"}),
+    ),
+    Case(
+        "another reward model in the place of a stage",
+        ("--as sft", "does not begin with `reward`"),
+        ("--as", "sft"),
+        stage="reward",
+    ),
     Case("unknown split", ("'prompts'", "split 'trian'", "did you mean 'train'"), ("ppo.split=trian",)),
     Case(
         "empty split",

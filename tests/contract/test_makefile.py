@@ -33,6 +33,13 @@ def test_launcher(launch: str, expected: str) -> None:
     assert expected in dry("reward", f"LAUNCH={launch}")
 
 
+def test_another_reward_model_and_its_report() -> None:
+    assert dry("reward").strip().endswith('-m pipelines.reward --recipe "tiny" --artifacts "artifacts"')
+    assert '--as "reward_b"' in dry("reward", "REWARD=reward_b")
+    assert "-m pipelines.report" in dry("report") and dry("report").strip().endswith('--stage "reward"')
+    assert dry("report", "STAGE=reward", "REWARD=reward_b").strip().endswith('--stage "reward" --as "reward_b"')
+
+
 def test_audit_covers_every_pinned_package_and_fails_where_it_cannot_ask() -> None:
     planned = dry("audit", "CONSTRAINTS=gpu.txt", "-o", "gpu.txt")
     assert '-c gpu.txt -e ".[audit]"' in planned

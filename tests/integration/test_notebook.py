@@ -1,4 +1,4 @@
-"""notebooks/reward_curves.ipynb runs on a real run directory, on poorer ones, and says one line where there is none."""
+"""The notebooks run on a real run directory, on poorer ones, and say one line where there is none."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ from rlhf.evaluation import curves
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "reward_curves.ipynb"
+REWARD_NOTEBOOK = ROOT / "notebooks" / "reward_model.ipynb"
+REWARD_FIGURES = ("accuracy", "calibration", "scores", "edits", "learning")
 FIGURES = ("bargain", "optimiser", "before")  # cells that draw one each; `headline` shows the evaluation's picture
 
 
 @pytest.fixture
 def execute(monkeypatch, tmp_path):
-    """Executes the notebook on a run directory, in a kernel of this interpreter, and returns it by cell id."""
+    """Executes a notebook on a run directory, in a kernel of this interpreter, and returns it by cell id."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
 
-    def run(directory: str | Path, cwd: Path = NOTEBOOK.parent) -> dict[str, nbformat.NotebookNode]:
+    def run(
+        directory: str | Path, cwd: Path = NOTEBOOK.parent, path: Path = NOTEBOOK
+    ) -> dict[str, nbformat.NotebookNode]:
         monkeypatch.setenv("RLHF_RUN_DIR", str(directory))
-        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs = []
@@ -145,12 +149,38 @@ def test_a_directory_without_a_finished_stage_is_refused(tmp_path):
         curves.load_run(tmp_path)
 
 
-def test_the_committed_notebook_has_outputs_and_no_machine_paths():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def test_the_notebook_on_the_reward_model_shows_its_report(ci_run, execute):
+    cells = execute(ci_run, path=REWARD_NOTEBOOK)
+
+    every = [output for cell in cells.values() for output in cell.get("outputs", [])]
+    assert not [output for output in every if "ename" in output or output.get("name") == "stderr"]
+    for name in REWARD_FIGURES:
+        (picture,) = outputs(cells[name], "image/png")
+        assert picture.startswith("iVBORw0KGgo"), f"{name} is no PNG"
+    report = json.loads((ci_run / "reward" / "report.json").read_text(encoding="utf-8"))
+    (gate,) = outputs(cells["gate"], "text/html")
+    assert all(html_text(check["reason"]) in gate for check in report["gate"]["checks"])
+    (failures,) = outputs(cells["failures"], "text/html")
+    assert all(html_text(row["prompt"]) in failures for row in report["failures"])
+
+
+def test_a_run_without_a_reward_report_ends_in_one_line(ci_run, execute, tmp_path):
+    shutil.copytree(ci_run / "sft", tmp_path / "early" / "sft", ignore=shutil.ignore_patterns("model", "tensorboard"))
+    with pytest.raises(CellExecutionError, match=r"Error: run early: no stage reward: `make reward` makes one"):
+        execute(tmp_path / "early", path=REWARD_NOTEBOOK)
+
+
+@pytest.mark.parametrize(
+    ("path", "drawn"),
+    [(NOTEBOOK, (*FIGURES, "headline")), (REWARD_NOTEBOOK, REWARD_FIGURES)],
+    ids=lambda v: str(v)[-12:],
+)
+def test_the_committed_notebook_has_outputs_and_no_machine_paths(path, drawn):
+    notebook = nbformat.read(path, as_version=4)
     cells = {cell.id: cell for cell in notebook.cells}
-    assert all(outputs(cells[name], "image/png") for name in (*FIGURES, "headline"))
-    assert NOTEBOOK.stat().st_size < 1_000_000
-    text = NOTEBOOK.read_text(encoding="utf-8")
+    assert all(outputs(cells[name], "image/png") for name in drawn)
+    assert path.stat().st_size < 1_000_000
+    text = path.read_text(encoding="utf-8")
     assert not [place for place in ("/tmp/", "/home/", "/root/", "/Users/", str(ROOT)) if place in text]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,36 @@ def test_sft_learned_to_end_and_reward_beats_chance(ci_run):
     assert reward["metrics"]["accuracy_low"] > 0.5
     assert {"accuracy_length_only", "accuracy_tfidf"} <= set(reward["metrics"])
     assert reward["reward_statistics"]["std"] > 0
+
+
+def test_the_reward_stage_ends_with_a_report_of_one_file(ci_run):
+    artifact = Artifact.load(ci_run / "reward")
+    report = json.loads((artifact.path / "report.json").read_text(encoding="utf-8"))
+    assert report["accuracy"]["value"] == artifact.manifest["metrics"]["accuracy"]
+    assert report["gate"]["verdict"] == artifact.manifest["gate"]["verdict"] in ("pass", "warn", "fail")
+    assert {row["slice"] for row in report["slices"]} >= {"all", "length", "better answer"}
+    assert report["learning_curve"] and report["failures"] and report["edits"]
+    page = (artifact.path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 5 and "<script" not in page
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', page), "a report needs no other file"
+    found = report["gate"]["verdict"].upper()
+    assert f"reward gate: {found}" in (ci_run.parent / "reward.log").read_text(encoding="utf-8")
+    assert f"reward gate of reward: {found}" in (ci_run.parent / "ppo.log").read_text(encoding="utf-8")
+
+
+def test_the_report_is_redone_without_touching_the_model(ci_run, tmp_path):
+    shutil.copytree(ci_run / "sft", tmp_path / "ci" / "sft")
+    shutil.copytree(ci_run / "reward", tmp_path / "ci" / "reward")
+    before = Artifact.load(tmp_path / "ci" / "reward")
+    settings = ("reward.gate.min_accuracy=0.99", "reward.report.edit_pairs=10", "reward.report.learning_curve_pairs=0")
+    done = run_stage("report", tmp_path, *settings)
+    after = Artifact.load(tmp_path / "ci" / "reward")
+    after.verify()
+    assert after.hash == before.hash and after.manifest["metrics"] == before.manifest["metrics"]
+    assert after.manifest["gate"]["verdict"] == "fail" and "FAIL accuracy" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "ci").iterdir()) == ["reward", "sft"]
+    refused = run_stage("report", tmp_path, "reward.limit=2000", check=False)
+    assert refused.returncode == 2 and "limit 3000 -> 2000" in refused.stderr
 
 
 def test_ppo_writes_one_row_a_step_and_raises_the_score(ci_run):
@@ -145,3 +176,25 @@ def test_lora_in_every_stage(ci_run, tmp_path):
     policy = AutoModelForCausalLM.from_pretrained(run / "ppo" / "model")
     changed = [n for n, p in policy.named_parameters() if not torch.equal(p, base.get_parameter(n))]
     assert changed and not any("wte" in name or "ln" in name for name in changed)
+
+
+def test_ppo_with_an_ensemble_of_adapters_on_one_base(ci_run, tmp_path):
+    """Two reward models of one run, made by `--as`; PPO takes their mean, and less where they disagree."""
+    run = tmp_path / "ci"
+    run.mkdir()
+    shutil.copytree(ci_run / "pretrain", run / "pretrain")
+    few = ("peft={r: 4}", "sft.trainer.max_steps=2", "reward.trainer.max_steps=2", "reward.limit=100")
+    few += ("reward.baselines=false", "reward.report={edit_pairs: 10, learning_curve_pairs: 0}")
+    run_stage("sft", tmp_path, *few)
+    run_stage("reward", tmp_path, *few)
+    run_stage("reward", tmp_path, "--as", "reward_b", *few, "reward.seed=1")
+    first, second = (Artifact.load(run / name) for name in ("reward", "reward_b"))
+    assert first.manifest["inputs"] == second.manifest["inputs"] and first.hash != second.hash
+    ensemble = "ppo.rewards=[{artifact: reward}, {artifact: reward_b}]"
+    ppo = ("ppo.total_episodes=64", "ppo.eval_every=null", "ppo.best_metric=null", "ppo.missing_eos_penalty=null")
+    run_stage("ppo", tmp_path, *few, ensemble, *ppo, "ppo.reward_aggregation=penalised", "ppo.uncertainty_coef=0.5")
+    row = Artifact.load(run / "ppo").metrics().iloc[0]
+    mean = (row["objective/scores/reward"] + row["objective/scores/reward_b"]) / 2
+    assert row["objective/scores"] < mean - 0.01
+    refused = run_stage("reward", tmp_path, "--as", "sft", check=False)
+    assert refused.returncode == 2 and "--as sft: does not begin with `reward`" in refused.stderr

@@ -59,6 +59,18 @@ def test_where_mapping_normalise_and_filters(tmp_path):
     assert load_rows(recipe, "train", "text") == [{"text": "a\nb c"}]
 
 
+def test_kept_columns_stay_with_a_pair_and_take_no_part_in_the_format(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "kind": "x", "gap": i, "noise": 1} for i in range(20)]
+    keep = {"category": "kind", "margin": "gap", "chosen": "noise"}
+    found = load_rows(recipe_of(tmp_path, rows, format="preference", keep=keep), "train", "preference")
+    assert {tuple(sorted(row)) for row in found} == {("category", "chosen", "margin", "prompt", "rejected")}
+    assert all(
+        row["category"] == "x" and row["chosen"] == "a" and f"p{row['margin']}" == row["prompt"] for row in found
+    )
+    plain = load_rows(recipe_of(tmp_path, rows, format="preference"), "train", "preference")
+    assert {tuple(sorted(row)) for row in plain} == {("chosen", "prompt", "rejected")}
+
+
 def test_mapping_wins_over_a_column_of_the_same_name(tmp_path):
     rows = [{"question": "q", "prompt": "id-7", "answer": "a"}]
     recipe = recipe_of(
@@ -162,12 +174,28 @@ def test_movie_reviews_pairs_do_not_give_the_answer_away():
     assert 0.4 < longer < 0.6
 
 
+def test_halves_for_a_held_back_reward_model_share_no_sentence():
+    halves, whole = load_data_recipe("movie_reviews_pairs_halves"), load_data_recipe("movie_reviews_pairs")
+
+    def texts(recipe, split):
+        return {row["text"] for row in load_rows(recipe, split, "text")}
+
+    one, other = texts(halves, "half_a"), texts(halves, "half_b")
+    assert not one & other and one | other == texts(whole, "train")
+    assert 0.95 < len(one) / len(other) < 1.05
+    assert texts(halves, "test") == texts(whole, "test")
+
+
 def test_imdb_text_and_judge_are_disjoint_and_the_text_has_no_label():
     text_recipe, judge_recipe = (
         load_data_recipe("movie_reviews_imdb_text"),
         load_data_recipe("movie_reviews_imdb_judge"),
     )
     assert text_recipe.split == judge_recipe.split
+    other = load_data_recipe("movie_reviews_imdb_pairs")  # the reward report's, from the judge's side of the same split
+    assert other.source == judge_recipe.source and other.where == judge_recipe.where
+    assert (other.split.by, other.split.seed) == (judge_recipe.split.by, judge_recipe.split.seed)
+    assert other.split.rows == {"train": 15000, "test": 10000}
     assert text_recipe.format == "text"
     assert not text_recipe.mapping
     texts, judged = load_rows(text_recipe, "train", "text"), load_rows(judge_recipe, "judge", "rated")

@@ -66,6 +66,9 @@ def test_a_batch_holds_all_chosen_then_all_rejected():
         [1, 44, 45, 46, 47, 2],
     ]
     assert int(batch["tokens"]) == 4 + 3 + 3 + 6
+    assert batch["lengths"].tolist() == [4, 3, 3, 6] and set(batch) == {"input_ids", "lengths", "tokens"}
+    more = PairCollator(pad_id=0)([pair | {"prompt_length": n, "margin": 0.5} for n, pair in enumerate(PAIRS, start=1)])
+    assert more["prompt_length"].tolist() == [1, 2, 3] and more["margin"].tolist() == [0.5] * 3
     assert pair_lengths(PAIRS) == [4, 6, 4]
 
 

@@ -15,11 +15,17 @@ FINISHED = torch.tensor([True, False, True])
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"), [("sum", [1.0, 1.0, 7.0]), ("mean", [0.5, 0.5, 3.5]), ("min", [-1.0, -2.0, 1.0])]
+    ("how", "expected"),
+    [
+        ("sum", [1.0, 1.0, 7.0]),
+        ("mean", [0.5, 0.5, 3.5]),
+        ("min", [-1.0, -2.0, 1.0]),
+        ("penalised", [0.5 - 2 * 1.5, 0.5 - 2 * 2.5, 3.5 - 2 * 2.5]),  # std of the two: half their distance
+    ],
 )
 def test_weighted_aggregation(how, expected):
     first, second = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([2.0, -6.0, -12.0])
-    assert_close(aggregate([first, second], [2.0, -0.5], how), expected)
+    assert_close(aggregate([first, second], [2.0, -0.5], how, 2.0), expected)
 
 
 @pytest.mark.parametrize(

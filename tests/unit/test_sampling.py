@@ -31,6 +31,22 @@ def test_samples_do_not_depend_on_the_batch_size(model, renderer):
     assert one.response_ids != sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=2).response_ids
 
 
+def test_another_draw_uses_other_random_numbers(model, renderer):
+    draws = [sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=1, draw=draw) for draw in (0, 1, 1)]
+    assert draws[1].response_ids == draws[2].response_ids != draws[0].response_ids
+    assert draws[0].response_ids == sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=1).response_ids
+
+
+def test_repetition_penalty_counts_the_response_and_not_the_prompt(model, renderer):
+    prompts = [text for text in PROMPTS for _ in range(8)]
+    strict = sample_responses(model, renderer, prompts, 10, 0.7, seed=1, repetition_penalty=1e6)
+    assert all(len(set(ids)) == len(ids) for ids in strict.response_ids)
+    plain = sample_responses(model, renderer, prompts, 10, 0.7, seed=1)
+    assert any(len(set(ids)) < len(ids) for ids in plain.response_ids)
+    # The first token has only the prompt behind it.
+    assert [ids[0] for ids in strict.response_ids] == [ids[0] for ids in plain.response_ids]
+
+
 def test_lengths_and_eos_rate(model, renderer):
     samples = sample_responses(model, renderer, PROMPTS * 8, 10, 1.0, seed=1)
     assert samples.has_eos == [ids[-1] == 2 for ids in samples.response_ids]

@@ -11,6 +11,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -110,6 +111,8 @@ class PlainGenerator:
         stop_strings: a response ends where one of them appears.
         synced: every rank keeps generating until all are done (FSDP: each forward is a collective).
         autocast: dtype of the matrix products.
+        repetition_penalty: logits of tokens that the response already has are divided by it, negative ones multiplied;
+            1 = off. Of the response alone: with the prompt, the padding beside it would count too.
     """
 
     def __init__(
@@ -119,12 +122,14 @@ class PlainGenerator:
         stop_strings: Sequence[str] = (),
         synced: bool = False,
         autocast: torch.dtype = torch.float32,
+        repetition_penalty: float = 1.0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.stop_strings = list(stop_strings)
         self.synced = synced
         self.autocast = autocast
+        self.repetition_penalty = repetition_penalty
 
     def sync(self) -> None:
         """Nothing to do: it samples from the policy itself."""
@@ -139,13 +144,17 @@ class PlainGenerator:
         stop = StopStringCriteria(self.tokenizer, self.stop_strings) if self.stop_strings else None
         end = ResponseEnd([eos], length, stop)
         sampler = InverseCDFSampler(uniforms.to(device), length, temperature, top_p)
+        processors: list[LogitsProcessor] = [sampler]
+        if self.repetition_penalty != 1:
+            penalty = RepetitionPenaltyLogitsProcessor(self.repetition_penalty, prompt_ignore_length=length)
+            processors.insert(0, penalty)
         config = GenerationConfig(max_new_tokens=budget, do_sample=False, pad_token_id=pad, use_cache=True)
         with torch.autocast(device.type, self.autocast, enabled=self.autocast != torch.float32):
             sequences = self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([sampler]),
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([end]),
                 synced_gpus=self.synced,
             )

@@ -1,0 +1,142 @@
+"""The policies of an evaluation, on toy artifacts: what may be named, common random numbers, KL, best of n."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from pydantic import ValidationError
+
+from rlhf.artifacts import Artifact
+from rlhf.errors import UserError
+from rlhf.evaluation.policies import Scores, sampling_settings
+from rlhf.evaluation.stage import STAGE
+from rlhf.recipe import EvaluateSection, PolicySource, Recipe
+from rlhf.stage import run_stage
+from tests.builders import build_model, build_reward_artifact, build_sft_artifact, build_tokenizer, toy_recipe
+from tests.ppo_toys import lively
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Artifacts sft and reward, and beside them a model of another tokenizer."""
+    root = tmp_path_factory.mktemp("artifacts")
+    tokenizer = build_tokenizer()
+    build_sft_artifact(root, tokenizer=tokenizer, model=lively(build_model(tokenizer)))
+    build_reward_artifact(root, mean=0.1, std=0.5)
+    other = build_tokenizer(texts=("quite another film of other words",), vocab_size=300)
+    lively(build_model(other, seed=3)).save_pretrained(root / "other")
+    other.save_pretrained(root / "other")
+    return root
+
+
+def evaluated(root: Path, run: str = "toy", **section) -> Artifact:
+    recipe = toy_recipe(root, evaluate=section)
+    return run_stage(STAGE, Recipe.model_validate(recipe), root, run, force=True)
+
+
+def test_policies_of_every_kind(root):
+    policies = [
+        {"artifact": "sft"},
+        {"artifact": "sft", "best_of": 3},
+        {"model": str(root / "toy" / "sft" / "model"), "name": "again"},
+        {"model": str(root / "other")},
+    ]
+    result = evaluated(root, policies=policies, prompts=6).manifest["comparison"]
+    metrics = result["metrics"]
+    assert result["policies"] == ["sft", "sft_best_of_3", "again", "other"]
+    # The same weights and the same random numbers: the same responses.
+    assert metrics["again_vs_sft/reward_delta_low"] == metrics["again_vs_sft/reward_delta_high"] == 0.0
+    assert metrics["again/kl_mean"] == pytest.approx(0.0, abs=1e-5)
+    # The best of three contains the plain sample, so it is never below it.
+    assert metrics["sft_best_of_3_vs_sft/reward_delta_low"] >= 0.0 < metrics["sft_best_of_3_vs_sft/reward_delta"]
+    assert metrics["sft_best_of_3/kl_mean"] == pytest.approx(math.log(3) - 2 / 3)
+    # Another tokenizer: scored by the run's reward model, without a KL.
+    assert "other/reward_mean" in metrics and "other/kl_mean" not in metrics
+    assert "other_vs_sft/kl_delta" not in metrics and "other_vs_sft/length_delta" in metrics
+
+
+def test_sampling_settings_come_from_the_recipe_and_are_recorded(root):
+    base = {"policies": [{"artifact": "sft"}, {"artifact": "sft", "name": "sft2"}]}
+    plain = evaluated(root, **base).manifest["comparison"]
+    assert plain["sampling"] == {
+        "temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.0, "response_length": 8, "stop_strings": [],
+        "seed": 0,
+    }  # fmt: skip
+    knobs = {"temperature": 0.2, "top_p": 0.5, "repetition_penalty": 1.5}
+    other = evaluated(root, **base, **knobs).manifest["comparison"]
+    assert {key: other["sampling"][key] for key in knobs} == knobs
+    assert other["metrics"]["sft/reward_mean"] != plain["metrics"]["sft/reward_mean"]
+
+
+def test_sections_own_value_wins_over_ppos(tmp_path):
+    recipe = Recipe.model_validate(toy_recipe(tmp_path, evaluate={"temperature": 1.1}, ppo={"top_p": 0.9}))
+    assert (sampling_settings(recipe)["temperature"], sampling_settings(recipe)["top_p"]) == (1.1, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("source", "label"),
+    [
+        ({"artifact": "ppo"}, "ppo"),
+        ({"artifact": "ppo", "step": 20}, "ppo_step_20"),
+        ({"artifact": "../other run/ppo", "best_of": 4}, "ppo_best_of_4"),
+        ({"model": "HuggingFaceTB/SmolLM2-135M", "revision": "abc"}, "SmolLM2-135M"),
+        ({"model": "my models/of today"}, "of_today"),
+        ({"artifact": "sft", "name": "base"}, "base"),
+    ],
+)
+def test_label(source, label):
+    assert PolicySource(**source).label == label
+
+
+@pytest.mark.parametrize(
+    ("section", "seen"),
+    [
+        ({"policies": [{"artifact": "sft"}]}, "at least 2"),
+        ({"policies": [{"artifact": "sft"}, {"artifact": "x/sft"}]}, "give each its own"),
+        ({"policies": [{"artifact": "sft"}, {}]}, "exactly one of"),
+        ({"policies": [{"artifact": "sft"}, {"artifact": "ppo", "model": "m"}]}, "exactly one of"),
+        ({"policies": [{"artifact": "sft"}, {"model": "m", "step": 3}]}, "needs an `artifact`"),
+        ({"policies": [{"artifact": "sft"}, {"artifact": "ppo", "revision": "a"}]}, "needs a `model`"),
+        ({"policies": [{"artifact": "sft"}, {"artifact": "ppo", "name": "a/b"}]}, "pattern"),
+    ],
+)
+def test_bad_policies_are_refused_before_anything_loads(section, seen):
+    with pytest.raises(ValidationError, match=seen):
+        EvaluateSection(**section)
+
+
+@pytest.mark.parametrize(
+    ("policy", "seen"),
+    [
+        ({"artifact": "reward", "step": 3}, "kept no policy of step 3"),
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"artifact": "dpo"}, "needs .*dpo, which is not there"),
+    ],
+)
+def test_a_policy_that_is_not_there_is_one_line(root, policy, seen):
+    with pytest.raises(UserError, match=seen) as error:
+        evaluated(root, policies=[{"artifact": "sft"}, policy])
+    assert "\n" not in str(error.value)
+
+
+def test_a_judge_may_be_a_reward_model_but_not_any_artifact(root):
+    policies = [{"artifact": "sft"}, {"artifact": "sft", "best_of": 2}]
+    judges = [{"name": "held_back", "artifact": str(root / "toy" / "reward")}]
+    metrics = evaluated(root, policies=policies, judges=judges).manifest["metrics"]
+    assert metrics["sft_best_of_2/held_back_mean"] == metrics["sft_best_of_2/reward_mean"]
+    with pytest.raises(UserError, match="artifact sft is no reward model"):
+        evaluated(root, policies=policies, judges=[{"artifact": "sft"}])
+    with pytest.raises(UserError, match=r"'reward' is a source of ppo\.rewards too"):
+        evaluated(root, policies=policies, judges=[{"name": "reward", "vader": True}])
+
+
+def test_what_ppo_maximised_is_made_of_its_sources_as_in_ppo(tmp_path):
+    first, second = "tests.ppo_toys:share_of_e", "tests.ppo_toys:length_in_words"
+    ppo = {"rewards": [{"function": first}, {"function": second}]}
+    ppo |= {"reward_aggregation": "penalised", "uncertainty_coef": 2.0}
+    recipe = Recipe.model_validate(toy_recipe(tmp_path, evaluate={}, ppo=ppo))
+    scores = Scores(SimpleNamespace(recipe=recipe, inputs={}), {}, pad_id=0)
+    assert scores.maximised == "combined"
+    # Mean minus twice the std; of two that is half their distance.
+    assert scores.trained({first: [1.0, 2.0], second: [3.0, 2.0]}) == [0.0, 2.0]

@@ -1,0 +1,301 @@
+"""The numbers of the reward report, from values that were worked out by hand."""
+
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from rlhf.artifacts import Artifact
+from rlhf.errors import UserError
+from rlhf.ppo.stage import check_reward_gate
+from rlhf.recipe import RewardGateSection, load_recipe
+from rlhf.reward import gate
+from rlhf.reward.bias import biases, spearman
+from rlhf.reward.calibration import calibration, confidence_bins, expected_error, fit_temperature, nll
+from rlhf.reward.learning_curve import learning_curve
+from rlhf.reward.probes import TEXT_EDITS, rephrased
+from rlhf.reward.slices import accuracy_table, column_labels, correct, length_label, script, slice_labels, turns
+
+
+# ------------------------------------------------------------------------------------------------------------- slices
+def test_a_tie_is_half_right():
+    assert correct(np.array([2.0, 0.0, -1.0])).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_accuracy_by_slice_beside_a_baseline():
+    margins, other = np.array([1.0, 1.0, -1.0, 0.0]), np.array([-1.0, 1.0, 1.0, 1.0])
+    labels = {"source": ["a", "a", "b", None], "constant": ["x"] * 4}
+    rows = accuracy_table(margins, {"length-only": other}, labels)
+    assert [(row["slice"], row["value"], row["share"]) for row in rows] == [
+        ("all", "all pairs", 1.0),
+        ("source", "a", 0.5),
+        ("source", "b", 0.25),
+    ]
+    assert [row["accuracy"]["value"] for row in rows] == [0.625, 1.0, 0.0]
+    assert [row["accuracy"]["n"] for row in rows] == [4, 2, 1]
+    assert [row["baselines"]["length-only"] for row in rows] == [0.75, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "label"),
+    [(5, 5, "equal"), (5, 4, "longer"), (6, 4, "much longer"), (4, 5, "shorter"), (4, 6, "much shorter")],
+)
+def test_length_labels(chosen, rejected, label):
+    assert length_label(chosen, rejected) == label
+
+
+def test_slices_of_pairs():
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "?"},
+    ]
+    rows = [
+        {"prompt": "One  Two", "chosen": "a b", "rejected": "c", "source": "web", "confidence": 0.9},
+        {"prompt": talk, "chosen": "你好，世界", "rejected": "d", "source": "app"},
+    ]
+    labels = slice_labels(rows, np.array([[3, 2], [2, 2]]), {"one two"})
+    assert labels["better answer"] == ["much longer", "equal"]
+    assert labels["length"] == ["the longer answer is better", None]
+    assert labels["user turns"] == ["1", "2"]
+    assert labels["script"] == ["Latin", "CJK"]
+    assert labels["prompt"] == ["seen in training", "unseen"]
+    assert labels["source"] == ["web", "app"]
+    assert labels["confidence"] == ["0.9", None]
+    assert (turns("x"), script("12 !")) == (1, "no letters")
+
+
+def test_many_numbers_become_quarters_and_rare_values_other():
+    assert column_labels([float(n) for n in range(1, 9)])[::7] == ["1: up to 2.75", "4: above 6.25"]
+    labels = column_labels([str(n) for n in range(20)] + ["0"])
+    assert labels.count("other") == 9 and labels[0] == "0"
+
+
+# -------------------------------------------------------------------------------------------------------- calibration
+def test_confidence_bins_and_error():
+    margins = np.array([math.log(3), math.log(3), -math.log(3), math.log(99)])  # confidences .75 .75 .75 .99
+    bins = confidence_bins(margins)
+    assert [item["n"] for item in bins] == [3, 1]
+    assert [item["accuracy"] for item in bins] == [pytest.approx(2 / 3), 1.0]
+    assert [item["confidence"] for item in bins] == [pytest.approx(0.75), pytest.approx(0.99)]
+    assert expected_error(bins) == pytest.approx((3 * abs(0.75 - 2 / 3) + 0.01) / 4)
+
+
+def test_temperature_of_margins_that_are_twice_too_large():
+    # 3 of 4 are right at margin m: the best confidence is 3/4, the best margin ln 3.
+    margins = 2 * math.log(3) * np.array([1.0, 1.0, 1.0, -1.0])
+    assert fit_temperature(margins) == pytest.approx(2.0, rel=1e-3)
+    assert nll(np.zeros(3)) == pytest.approx(math.log(2))
+
+
+def test_temperature_fitted_on_one_half_is_applied_to_the_other():
+    one, three = math.log(3) * np.array([4.0, 4.0, 4.0, -4.0]), math.log(3) * np.array([1.0, 1.0, 1.0, -1.0])
+    margins = np.stack([one, three], axis=1).ravel()  # even pairs need T = 4, odd ones T = 1
+    result = calibration(margins)
+    scaled = np.stack([one / 1.0, three / 4.0], axis=1).ravel()
+    assert result["nll_after"] == pytest.approx(nll(scaled), rel=1e-3)
+    assert result["nll"] == pytest.approx(nll(margins))
+
+
+# --------------------------------------------------------------------------------------------------------------- bias
+def test_spearman_with_ties():
+    # ranks 1 2.5 2.5 4 and 1 2 3 4: covariance 1.125, standard deviations sqrt(1.125) and sqrt(1.25)
+    assert spearman(np.array([1.0, 5.0, 5.0, 9.0]), np.array([1.0, 2.0, 3.0, 4.0])) == pytest.approx(
+        1.125 / math.sqrt(1.125 * 1.25)
+    )
+    assert spearman(np.ones(3), np.arange(3.0)) == 0.0
+
+
+def test_a_taste_for_length_is_what_goes_beyond_the_labels():
+    lengths = np.array([[3, 2]] * 15 + [[2, 3]] * 10 + [[2, 2]] * 5)
+    margins = np.array([1.0] * 15 + [-1.0] * 10 + [1.0] * 5)  # it always prefers the longer one
+    rows = biases([("a", "b")] * 30, lengths, margins, np.zeros(30), seed=0)
+    (row,) = rows
+    assert (row["feature"], row["n"], row["model"], row["labels"]) == ("length in tokens", 25, 1.0, 0.6)
+    assert row["excess"]["value"] == pytest.approx(0.4)
+
+
+def test_features_are_counted_in_both_answers():
+    texts = [("thank you! 1", "no"), ("no", "谢谢")] * 10
+    rows = biases(texts, np.ones((20, 2)), np.ones(20), np.zeros(20), seed=0)
+    found = {row["feature"]: (row["n"], row["labels"]) for row in rows}
+    assert found == {"thanks": (20, 0.5)}  # the others differ in 10 pairs: too few to speak of
+
+
+# -------------------------------------------------------------------------------------------------------------- edits
+@pytest.mark.parametrize(
+    ("edit", "text", "expected"),
+    [
+        ("padded", " a b", " a b That is all there is to say about this."),
+        ("padded", "很好。", "很好。以上就是关于这个问题的全部内容。"),
+        ("repeated", " a b", " a b a b"),
+        ("repeated", "很好。", "很好。很好。"),
+        ("thanks", " a b", " Thanks! a b"),
+        ("thanks", "很好。", "谢谢！很好。"),
+        ("thanks alone", " a b", " Thanks!"),
+        ("empty", " a b", ""),
+    ],
+)
+def test_edits(edit, text, expected):
+    assert TEXT_EDITS[edit](text, random.Random(0)) == expected
+
+
+def test_shuffling_keeps_every_word():
+    text = " one two three four five six"
+    shuffled = TEXT_EDITS["shuffled"](text, random.Random(0))
+    assert shuffled != text and sorted(shuffled.split()) == sorted(text.split()) and shuffled.startswith(" ")
+
+
+def test_only_the_last_message_is_rephrased():
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert rephrased(talk, "Q: {prompt}") == [talk[0], {"role": "user", "content": "Q: u"}]
+    assert rephrased("p", "{prompt}?") == "p?"
+
+
+# ----------------------------------------------------------------------------------------------------- learning curve
+def test_learning_curve_rises_with_labels():
+    rng = np.random.default_rng(0)
+    direction = rng.normal(size=8)
+
+    def differences(count: int) -> np.ndarray:
+        rows = rng.normal(size=(count, 8))
+        return rows * np.sign(rows @ direction + rng.normal(size=count))[:, None]
+
+    curve = learning_curve(differences(400), differences(400), seed=0)
+    assert [row["labels"] for row in curve] == [20, 40, 80, 200, 400]
+    assert curve[0]["accuracy"] + 0.03 < curve[-1]["accuracy"] and curve[-1]["accuracy"] > 0.75
+    assert all(row["low"] <= row["accuracy"] <= row["high"] for row in curve)
+
+
+# --------------------------------------------------------------------------------------------------------------- gate
+def interval(value: float, low: float, high: float, n: int = 100) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def report(**changes):
+    """A report without fault."""
+    good = interval(0.8, 0.75, 0.85)
+    edit = {"meaning": "edited", "n": 10, "gain": interval(-1.0, -1.2, -0.8), "wins": interval(0.1, 0.05, 0.2)}
+    return {
+        "accuracy": good,
+        "shorter": good,
+        "leads": {"length-only": interval(0.3, 0.2, 0.4), "TF-IDF": interval(0.1, 0.05, 0.15)},
+        "biases": [{"feature": "length in tokens", "model": 0.5, "labels": 0.5, "excess": interval(0.0, -0.1, 0.1)}],
+        "edits": [edit | {"edit": name} for name in (*TEXT_EDITS, "no EOS")],
+        "padding": [{"way": "in batches", "largest": 1e-6}],
+        "paraphrases": [{"template": "Q {prompt}", "n": 10, "flips": interval(0.1, 0.0, 0.2)}],
+        "calibration": {"ece": 0.02, "temperature": 1.0, "ece_after": 0.02},
+        "ood": [{"name": "other", "accuracy": good}],
+        "slices": [{"slice": "all", "value": "all pairs", "accuracy": good}],
+    } | changes
+
+
+def found(checks):
+    return {(check.name, check.verdict) for check in checks if check.verdict != "pass"}
+
+
+def edited(name, **changes):
+    row = {"edit": name, "meaning": "m", "n": 10, "gain": interval(-1, -1, -1), "wins": interval(0, 0, 0)} | changes
+    return report(edits=[row])
+
+
+def test_a_report_without_fault_passes_every_check():
+    checks = gate.judge(report(), RewardGateSection())
+    assert gate.verdict(checks) == "pass" and found(checks) == set()
+    assert {check.name for check in checks} == {
+        "accuracy", "baselines", "length", "thanks", "word order", "truncation", "empty", "padding", "paraphrase",
+        "calibration", "out of distribution",
+    }  # fmt: skip
+    assert not any(check.remedy for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (report(accuracy=interval(0.5, 0.4, 0.59)), ("accuracy", "fail")),
+        (report(accuracy=interval(0.59, 0.5, 0.61)), ("accuracy", "warn")),
+        (report(accuracy=interval(0.4, 0.35, 0.49)), ("flipped labels", "fail")),
+        (report(leads={"TF-IDF": interval(-0.1, -0.2, -0.01)}), ("baselines", "fail")),
+        (report(leads={"TF-IDF": interval(-0.1, -0.2, 0.01)}), ("baselines", "warn")),
+        (report(shorter=interval(0.3, 0.2, 0.4)), ("length", "fail")),
+        (edited("padded", gain=interval(0.9, 0.6, 1.2)), ("length", "fail")),
+        (edited("repeated", gain=interval(0.6, 0.4, 0.8)), ("length", "warn")),
+        (edited("thanks", gain=interval(0.9, 0.6, 1.2)), ("thanks", "fail")),
+        (edited("thanks alone", wins=interval(0.9, 0.8, 0.95)), ("thanks", "fail")),
+        (edited("empty", wins=interval(0.6, 0.45, 0.7)), ("empty", "warn")),
+        (edited("shuffled", gain=interval(0.9, 0.6, 1.2)), ("word order", "fail")),
+        (edited("no EOS", gain=interval(0.9, 0.6, 1.2)), ("truncation", "warn")),
+        (report(padding=[{"way": "w", "largest": 0.02}]), ("padding", "fail")),
+        (report(paraphrases=[{"template": "t", "n": 9, "flips": interval(0.5, 0.4, 0.6)}]), ("paraphrase", "warn")),
+        (report(calibration={"ece": 0.2, "temperature": 3.0, "ece_after": 0.05}), ("calibration", "warn")),
+        (report(ood=[{"name": "o", "accuracy": interval(0.4, 0.3, 0.45)}]), ("out of distribution", "warn")),
+        (
+            report(slices=[{"slice": "source", "value": "web", "accuracy": interval(0.3, 0.2, 0.4)}]),
+            ("slice", "warn"),
+        ),
+    ],
+)  # fmt: skip
+def test_each_check_finds_its_fault_and_no_other(case, expected):
+    checks = gate.judge(case, RewardGateSection())
+    assert found(checks) == {expected}
+    assert gate.verdict(checks) == expected[1]
+    (line,) = gate.lines(checks)
+    assert line.startswith(f"{expected[1].upper()} {expected[0]}: ") and "; " in line
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(0.4, 0.3, 0.5), (-0.4, -0.5, -0.3)])
+def test_a_taste_for_short_answers_counts_as_one_for_long_ones(value, low, high):
+    row = {"feature": "length in tokens", "model": 0.9, "labels": 0.5, "excess": interval(value, low, high)}
+    assert found(gate.judge(report(biases=[row]), RewardGateSection())) == {("length", "fail")}
+
+
+def test_thresholds_come_from_the_recipe_and_can_be_off():
+    bad = report(accuracy=interval(0.55, 0.52, 0.58))
+    assert found(gate.judge(bad, RewardGateSection(min_accuracy=0.5))) == set()
+    assert found(gate.judge(bad, RewardGateSection(min_accuracy=None))) == set()
+    off = RewardGateSection(**dict.fromkeys(RewardGateSection.model_fields))
+    assert gate.judge(report(), off) == []
+
+
+# ------------------------------------------------------------------------------------------------------ what PPO says
+def context(directory, found, **ppo):
+    recipe = load_recipe("tiny", [f"ppo.{key}={value}" for key, value in ppo.items()])
+    if found is not None:
+        (directory / gate.REPORT).write_text(json.dumps(found), encoding="utf-8")
+    return SimpleNamespace(recipe=recipe, inputs={"reward": Artifact(directory, {})})
+
+
+FAILING = report(shorter=interval(0.3, 0.2, 0.4)) | {"schema": gate.SCHEMA}
+
+
+def test_ppo_refuses_a_reward_model_whose_gate_fails(tmp_path):
+    with pytest.raises(UserError, match=r"artifact reward says FAIL length: 30.0%.*ppo.ignore_reward_gate=true"):
+        check_reward_gate(context(tmp_path, FAILING))
+
+
+def test_ppo_trains_on_it_when_told_to_and_says_why_not(tmp_path, caplog):
+    check_reward_gate(context(tmp_path, FAILING, ignore_reward_gate="true"))
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "reward gate of reward: FAIL length: 30.0%" in warnings[0].getMessage()
+
+
+def test_the_thresholds_are_those_of_the_recipe_at_hand(tmp_path):
+    ctx = context(tmp_path, FAILING)
+    ctx.recipe = load_recipe("tiny", ["reward.gate.min_accuracy_shorter=0.1"])
+    check_reward_gate(ctx)
+
+
+def test_a_judge_of_weight_zero_is_not_asked(tmp_path):
+    check_reward_gate(
+        context(tmp_path, FAILING, rewards='[{artifact: reward, weight: 0}, {function: "m:f"}]', critic_init="sft")
+    )
+
+
+@pytest.mark.parametrize("found", [None, FAILING | {"schema": 0}])
+def test_a_reward_model_without_a_report_is_said_to_be_unmeasured(tmp_path, caplog, found):
+    check_reward_gate(context(tmp_path, found))
+    assert "reward gate of reward: not measured: `make report STAGE=reward`" in caplog.text
