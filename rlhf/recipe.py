@@ -185,6 +185,10 @@ class RewardSection(Section):
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile of the transformer blocks. auto: on a GPU, from 1000 optimizer steps on."
     )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Training steps as CUDA graphs, as `ppo.cuda_graphs`. Not with dropout or lm_coef.",
+    )
     baselines: bool = Field(True, description="Report length-only and TF-IDF baselines beside the accuracy.")
     loss: Literal["bradley_terry", "smoothed", "robust"] = Field(
         "bradley_terry", description="For noisy labels: smoothed (Wang et al. 2024) or robust (Chowdhury et al. 2024)."
@@ -293,7 +297,7 @@ class PPOSection(Section):
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Micro-batches as CUDA graphs: a small model's kernels run faster than a host launches them. "
-        "auto: with one GPU, up to 500 million parameters.",
+        "auto: with one GPU, up to 500 million parameters, 2 billion with LoRA.",
     )
 
     learning_rate: float = Field(3e-6, gt=0, description="AdamW peak, linear to 0. N+.")

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf.artifacts import KEPT_POLICIES, Artifact
 from rlhf.errors import UserError
 from rlhf.functions import load_function
+from rlhf.graphs import Graphed
 from rlhf.models import (
     ActorCritic,
     Scorer,
@@ -33,13 +34,11 @@ from rlhf.models import (
 from rlhf.ppo.generation import CompiledGenerator, Generator, PlainGenerator
 from rlhf.ppo.generation.compiled import unsupported
 from rlhf.ppo.generation.vllm import VLLMGenerator
-from rlhf.ppo.graphs import Graphed
 from rlhf.ppo.rewards import FunctionScore, ModelScore, ScoreSource
 from rlhf.stage import StageContext
 
 COMPILE_FROM_STEPS = 200
 SLOTS_FROM_STEPS = 5  # 135M, H200: the first update took 6 s and later ones 1.5 s, against 3.8 s with `plain`
-GRAPHS_TO_PARAMETERS = 500_000_000
 
 
 # ------------------------------------------------------------------------------------------------------ what is trained
@@ -225,21 +224,6 @@ def wants_compile(ctx: StageContext, device: torch.device) -> bool:
     if config.compile == "auto":
         return device.type == "cuda" and config.total_steps >= COMPILE_FROM_STEPS
     return config.compile == "on"
-
-
-def wants_graphs(ctx: StageContext, model: ActorCritic, accelerator: Accelerator) -> bool:
-    """Whether micro-batches become CUDA graphs: on one GPU, for a model so small that launching takes the time.
-
-    The activations that a graph needs stay allocated; a large model has no use for that.
-    """
-    choice, one = ctx.recipe.ppo.cuda_graphs, accelerator.distributed_type == DistributedType.NO
-    possible = accelerator.device.type == "cuda" and one and not ctx.recipe.ppo.gradient_checkpointing
-    if choice == "on" and not possible:
-        raise UserError(
-            "ppo.cuda_graphs: on needs one process on a GPU and gradient_checkpointing: false; set it to auto or off"
-        )
-    size = sum(parameter.numel() for parameter in model.policy.parameters())
-    return possible and (choice == "on" or (choice == "auto" and size <= GRAPHS_TO_PARAMETERS))
 
 
 # --------------------------------------------------------------------------------------------------- what is only read

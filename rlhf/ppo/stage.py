@@ -17,6 +17,7 @@ from rlhf.cards import write_card
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.errors import UserError
 from rlhf.functions import load_function, source_hashes
+from rlhf.graphs import graph_pool
 from rlhf.interrupt import finish_step_first
 from rlhf.logs import MetricsWriter, check_trackers
 from rlhf.metrics import PPO
@@ -31,7 +32,6 @@ from rlhf.ppo.build import (
     publish_models,
     publish_policies,
     wants_compile,
-    wants_graphs,
 )
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.trainer import PPOTrainer, Prompts
@@ -196,7 +196,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     generator = build_generator(ctx, actor_critic, tokenizer, accelerator)  # it may copy the policy: before compiling
     if wants_compile(ctx, accelerator.device):
         compile_blocks(actor_critic)
-    graph_pool = torch.cuda.graph_pool_handle() if wants_graphs(ctx, actor_critic, accelerator) else None
+    pool = graph_pool(config.cuda_graphs, "ppo", actor_critic.policy, accelerator, config.gradient_checkpointing)
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
     eval_prompts = None
     if config.eval_every:
@@ -208,7 +208,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         model=model,
         optimizer=optimizer,
         reference=Reference(ctx, model, accelerator),
-        rewards=build_rewards(ctx, model, accelerator, graph_pool),
+        rewards=build_rewards(ctx, model, accelerator, pool),
         generator=generator,
         prompts=load_prompts(config.data, config.split, renderer, config.max_prompt_length, root=ctx.root),
         eval_prompts=eval_prompts,
@@ -218,7 +218,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         accelerator=accelerator,
         writer=writer,
         checkpointer=Checkpointer(ctx.checkpoints, accelerator, config.keep_checkpoints, ctx.continued),
-        graph_pool=graph_pool,
+        graph_pool=pool,
     )
 
 

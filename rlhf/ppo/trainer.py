@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.errors import UserError
 from rlhf.evaluation.text_metrics import distinct_n
+from rlhf.graphs import Graphed, allocate_gradients
 from rlhf.interrupt import Interrupted, requested
 from rlhf.logs import MetricsWriter
 from rlhf.models import Outputs
@@ -29,7 +30,6 @@ from rlhf.ppo.advantages import gae, kl_penalty, token_rewards
 from rlhf.ppo.alerts import Alerts
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.generation import Generator
-from rlhf.ppo.graphs import Graphed
 from rlhf.ppo.guards import BadUpdates, bad_rollout, bad_update
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
@@ -161,7 +161,9 @@ class PPOTrainer:
         self.graphs = graph_pool is not None
         self.shapes = GRAPHS if self.graphs else CPU if accelerator.device.type == "cpu" else GPU
         self.read = Graphed(self._read, graph_pool)
-        self.forward_backward = Graphed(self._forward_backward, graph_pool, prepare=self._allocate_gradients)
+        self.forward_backward = Graphed(
+            self._forward_backward, graph_pool, prepare=lambda: allocate_gradients(self.parameters)
+        )
 
     # ------------------------------------------------------------------------------------------------------ the run
     def train(self) -> None:
@@ -319,12 +321,6 @@ class PPOTrainer:
         out: Outputs = self.model(input_ids, attention_mask, length, self.config.temperature, mode="rollout")
         assert out.entropy is not None
         return out.logprobs, out.values, out.entropy, self.reference(input_ids, attention_mask, length)
-
-    def _allocate_gradients(self) -> None:
-        """A CUDA graph adds to gradients where they are: they must be there, and stay."""
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
 
     # ----------------------------------------------------------------------------------------------------- parts of it
     def rollout(self, prompts: Prompts, stream: int, step: int) -> Rollout:

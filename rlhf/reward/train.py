@@ -13,13 +13,16 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 from trl import RewardConfig, RewardTrainer
 
 from rlhf.artifacts import Artifact, check_name
 from rlhf.cards import write_card
 from rlhf.data import Renderer
 from rlhf.errors import UserError
+from rlhf.graphs import Graphed, allocate_gradients, graph_pool
 from rlhf.locks import locked
 from rlhf.logs import check_trackers
 from rlhf.models import (
@@ -34,6 +37,8 @@ from rlhf.models import (
     new_reward_model,
     tokenizer_identity,
 )
+from rlhf.ppo.generation.compiled import unsupported
+from rlhf.ppo.packing import GRAPHS
 from rlhf.recipe import Recipe
 from rlhf.reward import report
 from rlhf.reward.batches import EXTRA, LengthSampler, PairCollator, pair_lengths
@@ -46,6 +51,9 @@ from rlhf.trainers import ExactResume, check_trainer_args, in_curriculum_order, 
 logger = logging.getLogger(__name__)
 
 COMPILE_FROM_STEPS = 1000  # optimizer steps
+CAUSAL = "rlhf_causal_sdpa"  # sdpa that is told no mask: it has its fastest kernel, also where transformers gives one
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+AttentionMaskInterface.register(CAUSAL, lambda *_args, **_kwargs: None)
 
 
 class ExactRewardTrainer(ExactResume, RewardTrainer):
@@ -56,7 +64,41 @@ class ExactRewardTrainer(ExactResume, RewardTrainer):
     """
 
     objective: Objective
+    graphed: Graphed | None = None
+    scores: Tensor
     _signature_columns: Any
+
+    def use_graphs(self, pool: Any) -> None:
+        """Replay a step's forward and backward as CUDA graphs; batches then come in few shapes."""
+        self.data_collator.columns = GRAPHS.columns
+        for part in self.model.modules():
+            if isinstance(part, PreTrainedModel):
+                part.set_attn_implementation(CAUSAL)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+        def zero_grad() -> None:  # transformers would set gradients to None, and a graph adds to them where they are
+            allocate_gradients(parameters)
+            torch._foreach_zero_([parameter.grad for parameter in parameters])
+
+        self.model.zero_grad = zero_grad
+        self.graphed = Graphed(self._forward_backward, pool)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """Gradients of one batch; returns its loss."""
+        inputs = self._prepare_inputs(inputs)
+        if self.graphed is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            if not model.training:
+                model.train()
+            parts = self.current_gradient_accumulation_steps  # the loss is divided by it
+            loss, self.scores = self.graphed(*inputs.values(), names=tuple(inputs), parts=parts)
+        self._keep_metrics(self.scores, inputs["tokens"])
+        return loss
+
+    def _forward_backward(self, *tensors: Tensor, names: tuple[str, ...], parts: int) -> tuple[Tensor, Tensor]:
+        loss = super().training_step(self.model_wrapped, dict(zip(names, tensors, strict=True)))
+        return loss, self.scores
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -83,7 +125,9 @@ class ExactRewardTrainer(ExactResume, RewardTrainer):
             outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
         loss = self.objective(scores, inputs, states[0] if states else None)
-        self._keep_metrics(scores.detach(), inputs["tokens"])
+        self.scores = scores.detach()
+        if not self.model.training:
+            self._keep_metrics(self.scores, inputs["tokens"])
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -227,7 +271,18 @@ def reward_trainer(
     keep_residuals_in(torch.bfloat16 if args.bf16 else torch.float32, trainer.model)
     if wants_compile(recipe, len(train), args):
         compile_blocks(trainer.model)
+    pool = graph_pool(section.cuda_graphs, "reward", trainer.model, trainer.accelerator, args.gradient_checkpointing)
+    if pool is not None and can_be_recorded(trainer):
+        trainer.use_graphs(pool)
     return trainer
+
+
+def can_be_recorded(trainer: ExactRewardTrainer) -> bool:
+    """Whether a step's shapes are known, and it draws no random numbers: a resumed run would draw others."""
+    drops = getattr(trainer.model.config, "attention_dropout", 0) or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.modules()
+    )
+    return trainer.objective.head is None and not drops and unsupported(trainer.model) is None
 
 
 def wants_compile(recipe: Recipe, pairs: int, args: Any) -> bool:

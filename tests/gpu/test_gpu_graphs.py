@@ -2,7 +2,14 @@
 
 import pytest
 import torch
+from datasets import Dataset
+from trl import RewardConfig
 
+from rlhf.models import new_reward_model, save_model
+from rlhf.reward.train import STAGE, reward_trainer
+from rlhf.stage import StageContext
+from rlhf.trainers import trainer_args
+from tests.builders import build_model, build_recipe, build_tokenizer
 from tests.ppo_toys import SHAPES, toy_trainer
 from tests.tolerances import assert_close
 
@@ -25,3 +32,25 @@ def test_graphs_change_no_trace(tmp_path, shape):
     keys = [key for key in runs[0][0] if not key.startswith("perf/")]
     for plain, graphed in zip(*runs, strict=True):
         assert_close([graphed[key] for key in keys], [plain[key] for key in keys], rtol=1e-3, atol=1e-4)
+
+
+def test_the_reward_stage_learns_the_same_with_graphs(tmp_path):
+    tokenizer, runs = build_tokenizer(), {}
+    save_model(build_model(tokenizer, n_layer=2), tokenizer, tmp_path / "sft")
+    pairs = [{"chosen_ids": [1, *range(40, 41 + n % 5), 2], "rejected_ids": [1, 50 + n % 3, 2]} for n in range(48)]
+    for choice in ("off", "on"):
+        root = tmp_path / choice
+        root.mkdir()
+        hardware = {"device": "auto", "precision": "fp32"}
+        ctx = StageContext(STAGE, build_recipe(root, reward={"cuda_graphs": choice}, hardware=hardware), root, "toy")
+        ctx.dir.mkdir(parents=True)
+        options = {"learning_rate": 1e-3, "logging_steps": 1, "disable_tqdm": True, "max_steps": 12}
+        args = trainer_args(RewardConfig, options, ctx, max_length=None)
+        data = Dataset.from_list(pairs)
+        trainer = reward_trainer(ctx, new_reward_model(tmp_path / "sft", 0), args, tokenizer, data, data)
+        trainer.earlier, trainer.began = {}, 0.0
+        trainer.train()
+        runs[choice] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        assert bool(trainer.graphed and trainer.graphed.graphs) == (choice == "on")
+    assert len(runs["on"]) == 12 and runs["on"][-1] < runs["on"][0]
+    assert_close(runs["on"], runs["off"], rtol=1e-3, atol=1e-4)

@@ -157,7 +157,9 @@ def test_auto_takes_slots_where_a_run_is_long_enough(choice, steps, device, slot
     assert wants_slots(choice, steps, torch.device(device)) is slots
 
 
-def test_grouped_attention_is_attention_with_repeated_keys():
+@pytest.mark.parametrize("compiling", [False, True])
+def test_grouped_attention_is_attention_with_repeated_keys(monkeypatch, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(5, heads, n, 8, generator=draw) for heads, n in ((6, 1), (2, 20), (2, 20)))
     mask = torch.rand(5, 1, 1, 20, generator=draw) > 0.4

@@ -88,13 +88,18 @@ def both(tmp_path, **options):
     return ours, theirs
 
 
-@pytest.mark.parametrize("centre", [None, 0.1])
-def test_loss_gradient_and_metrics_are_those_of_trl(tmp_path, centre):
+@pytest.mark.parametrize(("centre", "as_with_graphs"), [(None, False), (0.1, False), (0.1, True)])
+def test_loss_gradient_and_metrics_are_those_of_trl(tmp_path, centre, as_with_graphs):
     found = []
-    for trainer in both(tmp_path, center_rewards_coefficient=centre):
-        trainer.model.train()
-        loss = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
-        loss.backward()
+    ours, theirs = both(tmp_path, center_rewards_coefficient=centre)
+    if as_with_graphs:  # the same path; without a pool nothing is recorded
+        ours.use_graphs(None)
+        ours.model.zero_grad()
+    for trainer in (ours, theirs):
+        trainer.current_gradient_accumulation_steps = 1
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        assert trainer is theirs or batch["input_ids"].shape[1] == (32 if as_with_graphs else 6)
+        loss = trainer.training_step(trainer.model, batch)
         gradients = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
         logged = {}
         trainer.callback_handler.on_log = lambda args, state, control, logs, kept=logged: kept.update(logs)

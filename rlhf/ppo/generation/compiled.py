@@ -327,10 +327,24 @@ def grouped_attention(
     if queries != 1 or heads == key.shape[1] or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     grouped = query.view(rows, key.shape[1], heads // key.shape[1], width)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
-    )
+    scale = kwargs.get("scaling")
+    if torch.compiler.is_compiling():
+        out = written_out(grouped, key, value, attention_mask, width**-0.5 if scale is None else scale)
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            grouped, key, value, attn_mask=attention_mask, scale=scale
+        )
     return out.reshape(rows, 1, heads, width), None
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention as two products and a softmax, which the compiler joins with the mask.
+
+    For a few queries and a mask the library's kernels, made for long queries, take half as long again (one H200, 64
+    sequences, 3 heads of keys of 64 numbers: 18.7 against 12.1 us at 256 positions, 30.9 against 19.6 at 640).
+    """
+    weights = (query @ key.transpose(-1, -2)).float() * scale
+    return weights.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype) @ value
 
 
 AttentionInterface.register(GROUPED, grouped_attention)

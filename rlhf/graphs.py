@@ -1,4 +1,4 @@
-"""One CUDA graph for all that a micro-batch needs.
+"""One CUDA graph for all that a micro-batch needs; PPO and the reward stage use it.
 
 On a small model the host takes longer to launch the kernels of a forward and backward than the GPU to run them. Where
 the same shapes come again, the kernels are recorded once and launched together.
@@ -7,16 +7,53 @@ the same shapes come again, the kernels are recorded once and launched together.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
 
+from rlhf.errors import UserError
 from rlhf.models import explicit_masks
 
 EAGER_CALLS = 1  # with the same shapes, before they are recorded: kernels are compiled and chosen
 MAX_GRAPHS = 128  # each keeps a little memory; activations share one pool
+
+# Above it the GPU takes longer than the host, and the memory that graphs hold on to is better used. With LoRA each
+# product is five small ones, and activations are few.
+PARAMETERS, PARAMETERS_LORA = 500_000_000, 2_000_000_000
+
+
+def graph_pool(choice: str, section: str, model: nn.Module, accelerator: Accelerator, checkpointing: bool) -> Any:
+    """Memory for the CUDA graphs of a stage; None where it has none.
+
+    Args:
+        choice: `auto`, `on` or `off`.
+        section: of the recipe, for the message.
+        model: that is trained.
+        accelerator: graphs need one process on a GPU.
+        checkpointing: of gradients: it draws and restores random states, which a graph cannot.
+
+    Raises:
+        UserError: `on` where graphs cannot be.
+    """
+    one = accelerator.distributed_type == DistributedType.NO
+    possible = accelerator.device.type == "cuda" and one and not checkpointing
+    if choice == "on" and not possible:
+        raise UserError(
+            f"{section}.cuda_graphs: on needs one process on a GPU and no gradient_checkpointing: set it to auto or off"
+        )
+    most = PARAMETERS_LORA if hasattr(model, "peft_config") else PARAMETERS
+    fits = sum(parameter.numel() for parameter in model.parameters()) <= most
+    return torch.cuda.graph_pool_handle() if possible and (choice == "on" or (choice == "auto" and fits)) else None
+
+
+def allocate_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """A CUDA graph adds to gradients where they are: they must be there, and stay."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 class Graphed:
