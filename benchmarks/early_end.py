@@ -137,7 +137,8 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(f"{row[key]:.2f}" for key in keys) + f" | {rows[name][0]['seconds']:.1f} |")
     print(f"\nOurs is {medians['padded']['seconds'] / medians['ours']['seconds']:.2f} times as fast as padding.")
     if args.out:
-        about = {"arguments": vars(args), "commit": git_commit(), "packages": package_versions()}
+        arguments = {name: value for name, value in vars(args).items() if name != "out"}
+        about = {"arguments": arguments, "commit": git_commit(), "packages": package_versions()}
         Path(args.out).write_text(json.dumps(about | {"rows": rows}, indent=1), encoding="utf-8")
 
 

@@ -44,7 +44,13 @@ def test_the_reward_stage_learns_the_same_with_graphs(tmp_path):
         hardware = {"device": "auto", "precision": "fp32"}
         ctx = StageContext(STAGE, build_recipe(root, reward={"cuda_graphs": choice}, hardware=hardware), root, "toy")
         ctx.dir.mkdir(parents=True)
-        options = {"learning_rate": 1e-3, "logging_steps": 1, "disable_tqdm": True, "max_steps": 12}
+        options = {
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "max_steps": 12,
+            "save_strategy": "no",
+        }
         args = trainer_args(RewardConfig, options, ctx, max_length=None)
         data = Dataset.from_list(pairs)
         trainer = reward_trainer(ctx, new_reward_model(tmp_path / "sft", 0), args, tokenizer, data, data)
