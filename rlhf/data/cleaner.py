@@ -211,7 +211,7 @@ def _without_duplicates(file: RowFile, count: StepCount, step: ExactStep | NearS
     if isinstance(step, ExactStep):
         reasons, count.report = exact_reasons(file, step, file.splits)
     else:
-        reasons, count.report = near_reasons(file, step, file.splits)
+        reasons, count.report = near_reasons(file, step, file.splits, file.path.parent)
     for number in sorted(reasons):
         reason, detail = reasons[number]
         count.drop(reason, detail, lambda number=number: file[number])  # type: ignore[misc]

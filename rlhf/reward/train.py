@@ -78,7 +78,7 @@ class ExactRewardTrainer(ExactResume, RewardTrainer):
 
         def zero_grad() -> None:  # transformers would set gradients to None, and a graph adds to them where they are
             allocate_gradients(parameters)
-            torch._foreach_zero_([parameter.grad for parameter in parameters])
+            torch._foreach_zero_([parameter.grad for parameter in parameters if parameter.grad is not None])
 
         self.model.zero_grad = zero_grad
         self.graphed = Graphed(self._forward_backward, pool)

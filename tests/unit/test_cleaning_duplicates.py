@@ -113,11 +113,11 @@ def test_the_size_of_a_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_candidates_of_large_buckets_grow_linearly() -> None:
-    same = candidate_pairs(np.ones((1000, 2), dtype=np.uint64))
+    same = candidate_pairs(np.ones((2, 1000), dtype=np.uint64))
     assert len(same) < 1000 * 18  # all pairs would be 499,500
     assert {int(later) for later in same[:, 0]} == set(range(1, 1000))
-    assert candidate_pairs(np.arange(20, dtype=np.uint64).reshape(10, 2)).shape == (0, 2)
-    assert candidate_pairs(np.array([[1, 9], [2, 9], [1, 8]], dtype=np.uint64)).tolist() == [[1, 0], [2, 0]]
+    assert candidate_pairs(np.arange(20, dtype=np.uint64).reshape(2, 10)).shape == (0, 2)
+    assert candidate_pairs(np.array([[1, 2, 1], [9, 9, 8]], dtype=np.uint64)).tolist() == [[1, 0], [2, 0]]
 
 
 def test_jaccard() -> None:

@@ -1,16 +1,18 @@
 """What every cleaning step shares: its config's base class, its result, and how a row's texts are reached."""
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from tqdm import tqdm
 
 from rlhf.errors import UserError
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 _NO_TEXT = {"role", "from", "name"}  # of a message: who speaks, not what is said
 
@@ -116,6 +118,12 @@ def added(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     for name, value in second.items():
         total[name] = added(total.get(name, {}), value) if isinstance(value, dict) else total.get(name, 0) + value
     return total
+
+
+def progress(items: Collection[T], what: str) -> Iterable[T]:
+    """The items, with a bar where somebody looks at a terminal."""
+    bar: Iterable[T] = tqdm(items, desc=what, unit=" rows", leave=False, disable=None)
+    return bar
 
 
 def optional_module(name: str, package: str, step: str, extra: str = "data") -> ModuleType:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from tqdm import tqdm
 
 from rlhf.data.cleaning.base import Row, StepConfig, StepResult, joined, split_result
 from rlhf.errors import UserError
@@ -112,10 +113,12 @@ def perplexities(
     order = sorted(
         (number for number, (ids, start) in enumerate(rows) if len(ids) > start), key=lambda n: -len(rows[n][0])
     )
-    while order:
-        size = max(1, batch_tokens // len(rows[order[0]][0]))
-        batch, order = order[:size], order[size:]
-        out[batch] = np.exp(_mean_nll([rows[number] for number in batch], model))
+    with tqdm(total=len(order), desc="perplexity", unit=" rows", leave=False, disable=None) as bar:
+        while order:
+            size = max(1, batch_tokens // len(rows[order[0]][0]))
+            batch, order = order[:size], order[size:]
+            out[batch] = np.exp(_mean_nll([rows[number] for number in batch], model))
+            bar.update(len(batch))
     return out
 
 

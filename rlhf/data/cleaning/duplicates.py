@@ -1,23 +1,26 @@
 """Exact and near duplicates, across splits too: the row of the weaker split goes.
 
 Near duplicates by MinHash (Broder 1997) and banded locality-sensitive hashing, the candidates confirmed by their true
-Jaccard similarity. What is kept per row is its band hashes, 8 bytes each (160 bytes with the defaults); shingles are
-made twice instead of being kept. Rensa does the hashing (docs/cleaning.md: why not datasketch).
+Jaccard similarity. Per row and in memory are 16 bytes of hash (exact), or those of one band while the others are in a
+file (near); shingles are made twice instead of being kept. Rensa does the hashing (docs/cleaning.md: why not
+datasketch).
 """
 
 import hashlib
 import re
+import tempfile
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from rlhf.data.cleaning.base import Row, StepConfig, StepResult, joined, optional_module, split_result
+from rlhf.data.cleaning.base import Row, StepConfig, StepResult, joined, optional_module, progress, split_result
 
 _NOT_WORD = re.compile(r"[\W_]+")
 _ASCII_NOT_WORD = {code: " " for code in range(128) if _NOT_WORD.match(chr(code))}  # ten times as fast
@@ -85,16 +88,22 @@ def exact_reasons(
     rows: Sequence[Row], config: ExactStep, splits: Sequence[str] | None = None
 ) -> tuple[Reasons, dict[str, int]]:
     """What `exact_step` drops: (reason, detail) by row number, and its report. Each row is asked for once."""
-    seen: dict[bytes, int] = {}
-    reasons: Reasons = {}
-    for number in split_order(len(rows), splits, config.priority):
+    order = split_order(len(rows), splits, config.priority)
+    keys = np.zeros((len(order), 2), dtype=np.uint64)
+    for place, number in enumerate(progress(order, "exact_duplicates")):
         # The column goes in too: a prompt that another row has as its completion is no duplicate.
-        parts = [f"{name}\x00{text}" for name, text in _columns(rows[number], config)]
-        if not parts:
-            continue
-        key = hashlib.blake2b("\x01".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        first = seen.setdefault(key, number)
-        if first != number and (not config.across_only or _apart(first, number, splits)):
+        parts = [f"{name}\x00{text}" for name, text in _columns(rows[int(number)], config)]
+        if parts:
+            key = hashlib.blake2b("\x01".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            keys[place] = np.frombuffer(key, dtype=np.uint64)
+    reasons: Reasons = {}
+    places = np.lexsort(keys.T)  # stable: of equal keys the first in the order comes first
+    places = places[keys[places].any(axis=1)]  # no text, no duplicate
+    new = np.r_[True, (keys[places[1:]] != keys[places[:-1]]).any(axis=1)][: len(places)]
+    starts = np.flatnonzero(new)
+    for at in np.flatnonzero(~new).tolist():
+        first, number = (int(order[places[i]]) for i in (starts[np.searchsorted(starts, at) - 1], at))
+        if not config.across_only or _apart(first, number, splits):
             reasons[number] = ("exact_duplicate", _stays(first, splits))
     return reasons, _across(reasons, splits)
 
@@ -112,15 +121,19 @@ def near_step(rows: Sequence[Row], config: NearStep, splits: Sequence[str] | Non
 
 
 def near_reasons(
-    rows: Sequence[Row], config: NearStep, splits: Sequence[str] | None = None
+    rows: Sequence[Row], config: NearStep, splits: Sequence[str] | None = None, folder: Path | None = None
 ) -> tuple[Reasons, dict[str, int]]:
-    """What `near_step` drops: (reason, detail) by row number, and its report. Rows are asked for again and again."""
+    """What `near_step` drops: (reason, detail) by row number, and its report. Rows are asked for again and again.
+
+    In `folder` is a nameless file meanwhile, of 8 bytes per row and band.
+    """
     order = split_order(len(rows), splits, config.priority)
     texts = _Texts(rows, config)
-    hashes = band_hashes((texts.shingles(number) for number in order), len(order), config)
+    shingles = (texts.shingles(int(number)) for number in progress(order, "near_duplicates"))
     reasons: Reasons = {}
-    for later, earlier in candidate_pairs(hashes).tolist():
-        number, other = order[later], order[earlier]
+    pairs = candidate_pairs(band_hashes(shingles, len(order), config, folder))
+    for later, earlier in progress(pairs, "near_duplicates, candidates"):
+        number, other = int(order[later]), int(order[earlier])
         if number in reasons or other in reasons or (config.across_only and not _apart(number, other, splits)):
             continue
         similarity = texts.similarity(number, other)
@@ -176,30 +189,36 @@ def _apart(first: int, second: int, splits: Sequence[str] | None) -> bool:
     return splits is not None and splits[first] != splits[second]
 
 
-def split_order(count: int, splits: Sequence[str] | None, priority: Sequence[str]) -> list[int]:
+def split_order(count: int, splits: Sequence[str] | None, priority: Sequence[str]) -> NDArray[np.int64]:
     """Row numbers, rows of the strongest split first, otherwise in input order."""
     if splits is None:
-        return list(range(count))
-    ranks = {name: rank for rank, name in enumerate(priority)}
-    return sorted(range(count), key=lambda number: ranks.get(splits[number], len(priority) - 1.5))
+        return np.arange(count)
+    ranks = {name: float(rank) for rank, name in enumerate(priority)}
+    values = (ranks.get(split, len(priority) - 1.5) for split in splits)
+    return np.argsort(np.fromiter(values, dtype=np.float32, count=count), kind="stable")
 
 
-def band_hashes(shingles: Iterator[set[str]], count: int, config: NearStep) -> NDArray[np.uint64]:
-    """The band hashes of MinHash signatures: (count, bands). Rows without shingles have zeros."""
+def band_hashes(
+    shingles: Iterator[set[str]], count: int, config: NearStep, folder: Path | None = None
+) -> Iterator[NDArray[np.uint64]]:
+    """The band hashes of MinHash signatures, a band (count) at a time. Rows without shingles have zeros."""
     minhash = optional_module("rensa", "rensa", "near_duplicates").RMinHash
-    out = np.zeros((count, config.bands), dtype=np.uint64)
-    size = config.bands * config.rows_per_band
-    start = 0
-    for batch in _batches(shingles):
-        signatures = minhash.digest_matrix_from_token_sets(batch, size, config.seed).to_rows()
-        bands = np.array(signatures, dtype=np.uint64).reshape(len(batch), config.bands, config.rows_per_band)
-        folded = np.zeros(bands.shape[:2], dtype=np.uint64)
-        for row in range(config.rows_per_band):  # FNV-1a, a 32-bit hash at a time
-            folded = (folded ^ bands[:, :, row]) * np.uint64(0x100000001B3) + np.uint64(0x9E3779B97F4A7C15)
-        folded[[number for number, tokens in enumerate(batch) if not tokens]] = 0
-        out[start : start + len(batch)] = folded
-        start += len(batch)
-    return out
+    size, start = config.bands * config.rows_per_band, 0
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for batch in _batches(shingles):
+            signatures = minhash.digest_matrix_from_token_sets(batch, size, config.seed).to_rows()
+            bands = np.array(signatures, dtype=np.uint64).reshape(len(batch), config.bands, config.rows_per_band)
+            folded = np.zeros(bands.shape[:2], dtype=np.uint64)
+            for row in range(config.rows_per_band):  # FNV-1a, a 32-bit hash at a time
+                folded = (folded ^ bands[:, :, row]) * np.uint64(0x100000001B3) + np.uint64(0x9E3779B97F4A7C15)
+            folded[[number for number, tokens in enumerate(batch) if not tokens]] = 0
+            for band, hashes in enumerate(folded.T):
+                file.seek(8 * (band * count + start))
+                file.write(hashes.tobytes())
+            start += len(batch)
+        for band in range(config.bands):
+            file.seek(8 * band * count)
+            yield np.frombuffer(file.read(8 * count), dtype=np.uint64)
 
 
 def _batches(shingles: Iterator[set[str]]) -> Iterator[list[list[str]]]:
@@ -215,18 +234,18 @@ def _batches(shingles: Iterator[set[str]]) -> Iterator[list[list[str]]]:
         yield batch
 
 
-def candidate_pairs(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+def candidate_pairs(bands: Iterable[NDArray[np.uint64]]) -> NDArray[np.int64]:
     """Pairs of rows that share a band.
 
     Args:
-        hashes: (rows, bands), as `band_hashes` gives them.
+        bands: of each the hashes (rows), as `band_hashes` gives them.
 
     Returns:
         (pairs, 2): later row, earlier row; sorted, each once. Of buckets with more than 16 rows, each row is paired
         with the first 16 and with the one before it: memory stays linear when thousands of rows are alike.
     """
     pairs: list[NDArray[np.int64]] = [np.empty((0, 2), dtype=np.int64)]
-    for band in hashes.T:
+    for band in bands:
         order = np.argsort(band, kind="stable")
         order = order[np.searchsorted(band[order], 1) :]  # zeros: rows without text
         starts = np.flatnonzero(np.r_[True, np.diff(band[order]) != 0])

@@ -1,5 +1,6 @@
 """Semantic deduplication and clustering: texts that say the same in other words (SemDeDup, Abbas et al. 2023)."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -136,6 +137,6 @@ def load_embedder(path: str | Path, batch_size: int = 64, device: str = "cpu") -
         raise UserError(f"semantic: cannot load the embedder {str(path)!r} ({error}); give a model folder") from error
 
     def embed(texts: list[str]) -> NDArray[Any]:
-        return np.asarray(model.encode(texts, batch_size=batch_size, show_progress_bar=False))
+        return np.asarray(model.encode(texts, batch_size=batch_size, show_progress_bar=sys.stderr.isatty()))
 
     return embed
