@@ -29,8 +29,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 logger = logging.getLogger("rlhf")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
     def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
         raise UserError(f"{self.prog}: {message}: --help lists the arguments")
 
 
@@ -40,7 +43,7 @@ def parse(stage: str, argv: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: an unknown option, or one without its value.
     """
-    parser = _Parser(prog=f"python -m pipelines.{stage}", description=f"Run the {stage} stage of a recipe.")
+    parser = Parser(prog=f"python -m pipelines.{stage}", description=f"Run the {stage} stage of a recipe.")
     parser.add_argument("--recipe", default="tiny", metavar="NAME-OR-PATH", help="shipped recipe or YAML file (tiny)")
     parser.add_argument("--artifacts", default="artifacts", metavar="DIR", help="artifact directory (artifacts)")
     parser.add_argument("--run", metavar="NAME", help="folder of the run (the recipe's name)")
@@ -115,18 +118,18 @@ def main(
         if artifact is not None and show is not None and int(os.environ.get("RANK", "0")) == 0:
             show(artifact)
     except UserError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except interrupt.Interrupted as stop:
         name = signal.Signals(stop.number).name
-        _fail(f"{stage}: {stop}: run the same command again to continue", f"stopped by {name}")
+        fail(f"{stage}: {stop}: run the same command again to continue", f"stopped by {name}")
         return 128 + stop.number
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(f"{stage}: the disk is full ({error.filename or args.artifacts}): free space and run it again")
+            return fail(f"{stage}: the disk is full ({error.filename or args.artifacts}): free space and run it again")
         no_root = error.errno == errno.ENOENT and str(error.filename or "").startswith(args.artifacts)
         if no_root or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             where = error.filename or args.artifacts
-            return _fail(f"{stage}: cannot write {where} ({error.strerror}): check path and permissions")
+            return fail(f"{stage}: cannot write {where} ({error.strerror}): check path and permissions")
         raise
     return 0
 
@@ -157,7 +160,8 @@ def check_folder(name: str) -> str:
     return check_name(name, "--as")
 
 
-def _fail(message: str, kind: str = "error") -> int:
+def fail(message: str, kind: str = "error") -> int:
+    """Print one line on stderr, on rank 0; returns the exit code of bad input."""
     bars = sys.modules.get("tqdm.std")
     for bar in list(bars.tqdm._instances) if bars else []:
         bar.close()  # ends its line: the message begins one of its own
