@@ -1,0 +1,187 @@
+"""Cross-validation of a reward model over prompts, beside TF-IDF, on one or several preference sets.
+
+    export RLHF_DATA=/folder/of/the/data
+    python -m benchmarks.reward_cv --base artifacts/smollm2/sft/model --out cv.json \
+        --data rmb_harmless_dev rmb_helpful_dev ukp_convarg1_dev hh_harmless_dev
+
+All sets are cut into the same number of folds by prompt. For each fold one reward model is trained on the other folds
+of all sets together, and on each set measured on the fold: accuracy, accuracy where the better answer is the shorter
+one, and the lead over TF-IDF (fitted on the same folds of that set) with a paired bootstrap over prompts. A fold is
+written when it is done, and the same command continues. `key=value` are settings of the recipe's `reward` section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from trl import RewardConfig
+
+from pipelines.cli import keep_freed_memory
+from rlhf.data import Renderer, load_data_recipe, load_rows
+from rlhf.data.splits import group_key
+from rlhf.evaluation.statistics import bootstrap_interval
+from rlhf.models import load_tokenizer, new_reward_model
+from rlhf.recipe import Recipe, apply_override
+from rlhf.reward import train as reward
+from rlhf.reward.baselines import tfidf_baseline
+from rlhf.sampling import score_sequences
+from rlhf.stage import StageContext, git_commit, package_versions
+from rlhf.trainers import trainer_args
+from rlhf.yamlio import validate
+
+Row = dict[str, Any]
+
+
+def folds_of(rows: Sequence[Row], folds: int, seed: int) -> list[int]:
+    """The fold of each row: prompts in a seeded order, dealt out; rows of a prompt share one."""
+    keys = sorted({group_key(row["prompt"]) for row in rows})
+    random.Random(seed).shuffle(keys)
+    fold = {key: place % folds for place, key in enumerate(keys)}
+    return [fold[group_key(row["prompt"])] for row in rows]
+
+
+def load_sets(names: Sequence[str], root: Path, limit: int | None) -> dict[str, list[Row]]:
+    """All rows of each data recipe, whatever split they are in."""
+    sets = {}
+    for name in names:
+        recipe = load_data_recipe(name)
+        rows = [row for split in recipe.split.names for row in load_rows(recipe, split, "preference", root=root)]
+        sets[recipe.name] = rows[:limit]
+    return sets
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """A recipe with the reward section that was asked for."""
+    data: dict[str, Any] = {"name": "cv", "model": {"base": args.base, "chat": args.chat}, "sft": {"data": "none"}}
+    data |= {"reward": {"data": "none", "trainer": {}}, "hardware": {"device": args.device}}
+    data["logging"] = {"report_to": []}
+    for override in args.overrides:
+        apply_override(data, f"reward.{override}")
+    return validate(Recipe, data, "benchmark")
+
+
+def train(args: argparse.Namespace, recipe: Recipe, rows: list[Row], root: Path) -> tuple[Any, Renderer, float]:
+    """A reward model of `rows`, its renderer, and the seconds that its training took."""
+    ctx = StageContext(reward.STAGE, recipe, root, "cv")
+    ctx.dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(args.base)
+    renderer = Renderer(tokenizer, args.chat)
+    pairs, _ = reward.rendered_pairs(rows, renderer, recipe.reward.max_length, "cv")
+    options = {"train_sampling_strategy": "group_by_length", "save_strategy": "no", "disable_tqdm": True}
+    config = trainer_args(RewardConfig, options | recipe.reward.trainer, ctx, max_length=None)
+    torch.manual_seed(args.seed)
+    trainer = reward.reward_trainer(ctx, new_reward_model(args.base, args.seed), config, tokenizer, pairs, pairs)
+    trainer.earlier, trainer.began = {}, time.time()
+    started = time.perf_counter()
+    trainer.train()
+    return trainer.accelerator.unwrap_model(trainer.model).eval(), renderer, time.perf_counter() - started
+
+
+def margins_of(model: Any, renderer: Renderer, pairs: Any) -> np.ndarray:
+    """[n], score of the chosen minus that of the rejected sequence."""
+    pad = renderer.tokenizer.pad_token_id
+    with torch.compiler.set_stance("force_eager"):
+        chosen, rejected = (score_sequences(model, pairs[side], pad) for side in ("chosen_ids", "rejected_ids"))
+    return np.array(chosen) - np.array(rejected)
+
+
+def right(margins: np.ndarray) -> np.ndarray:
+    """1 where the chosen answer leads, one half for a tie."""
+    return (margins > 0) + 0.5 * (margins == 0)
+
+
+def run_fold(args: argparse.Namespace, sets: dict[str, list[Row]], fold: int, root: Path) -> dict[str, Any]:
+    """Train without a fold, measure on it; per set the rows' verdicts of both models."""
+    known = {name: folds_of(rows, args.folds, args.seed) for name, rows in sets.items()}
+    training = {
+        name: [row for row, at in zip(rows, known[name], strict=True) if at != fold] for name, rows in sets.items()
+    }
+    held = {name: [row for row, at in zip(rows, known[name], strict=True) if at == fold] for name, rows in sets.items()}
+    mixed = [row for rows in training.values() for row in rows]
+    random.Random(args.seed).shuffle(mixed)
+    recipe = recipe_of(args)
+    model, renderer, seconds = train(args, recipe, mixed, root)
+    result: dict[str, Any] = {"fold": fold, "train_pairs": len(mixed), "seconds": seconds, "sets": {}}
+    for name in held:
+        pairs, rows = reward.rendered_pairs(held[name], renderer, recipe.reward.max_length, name)
+        margins = margins_of(model, renderer, pairs)
+        result["sets"][name] = {
+            "prompts": [group_key(row["prompt"]) for row in rows],
+            "model": right(margins).tolist(),
+            "tfidf": right(tfidf_baseline(training[name], rows).margins).tolist(),
+            "shorter": [len(row["chosen"]) < len(row["rejected"]) for row in rows],
+            "too_long": len(held[name]) - len(rows),
+        }
+        print(f"fold {fold} {name}: {np.mean(right(margins)):.3f}", file=sys.stderr, flush=True)
+    return result
+
+
+def table(folds: Sequence[dict[str, Any]]) -> str:
+    """Markdown, over the folds that are done."""
+    lines = [
+        "| set | pairs | reward model | TF-IDF | lead [95 %] | where the shorter is better: model | TF-IDF |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in folds[0]["sets"]:
+        parts = [fold["sets"][name] for fold in folds]
+        ours, theirs, shorter = (np.concatenate([part[key] for part in parts]) for key in ("model", "tfidf", "shorter"))
+        prompts = [prompt for part in parts for prompt in part["prompts"]]
+        lead = bootstrap_interval(ours - theirs, clusters=prompts)
+        short = shorter.astype(bool)
+        both = [f"{values[short].mean():.3f}" if short.any() else "-" for values in (ours, theirs)]
+        lines.append(
+            f"| {name} | {len(ours)} | {ours.mean():.3f} | {theirs.mean():.3f} | {lead.value:+.3f} [{lead.low:+.3f}, "
+            f"{lead.high:+.3f}] | {both[0]} | {both[1]} |"
+        )
+    seconds = [fold["seconds"] for fold in folds]
+    return "\n".join(lines) + f"\n\n{len(folds)} folds, {min(seconds):.0f} to {max(seconds):.0f} s of training each."
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "overrides", nargs="*", help="of the reward section, such as loss=smoothed trainer.learning_rate=1e-5"
+    )
+    parser.add_argument("--base", required=True, help="folder of the model that the reward model starts from")
+    parser.add_argument("--data", nargs="+", required=True, help="data recipes")
+    parser.add_argument("--chat", action="store_true", help="render with the model's chat template")
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--only", type=int, nargs="+", help="these folds alone")
+    parser.add_argument("--limit", type=int, help="rows of each set, to try it")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--artifacts", default="artifacts", help="where cleaned data go")
+    parser.add_argument("--out", required=True, help="JSON file; what it holds already is not done again")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Measure, print, write after each fold."""
+    keep_freed_memory()
+    args = parse()
+    out, root = Path(args.out), Path(args.artifacts)
+    about = {key: value for key, value in vars(args).items() if key not in ("out", "only", "artifacts", "base")}
+    state = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"about": about, "folds": []}
+    if state["about"] != about:
+        raise SystemExit(f"error: {out} was measured with {state['about']}: name another file")
+    sets = load_sets(args.data, root, args.limit)
+    for fold in args.only or range(args.folds):
+        if fold not in {done["fold"] for done in state["folds"]}:
+            state["folds"].append(run_fold(args, sets, fold, root))
+            state |= {"commit": git_commit(), "packages": package_versions()}
+            out.write_text(json.dumps(state), encoding="utf-8")
+    print(table(state["folds"]))
+
+
+if __name__ == "__main__":
+    main()
