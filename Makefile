@@ -16,6 +16,8 @@ DRY_RUN ?=
 LAUNCH ?=
 TOKENIZER ?=
 REWARD ?=
+AGAINST ?=
+STAGE ?=
 PYTHON ?= python3
 CONSTRAINTS ?= $(or $(SETUP_CONSTRAINTS),constraints.txt)
 DEFAULT_EXTRAS := tiny,dev,data
@@ -79,8 +81,8 @@ ppo: $(STAMP) ## PPO, then evaluate
 evaluate: $(STAMP) ## SFT against PPO on held-out prompts: table, reward against KL, pictures, samples
 	@$(call RUN_STAGE,evaluate)
 
-report: $(STAMP) ## redo the report on a finished stage: STAGE=reward
-	@$(call UNFORCED,report) --stage "$(or $(STAGE),reward)" $(OTHER)
+report: $(STAMP) ## all of a run on one page, artifacts/RUN/report.html; AGAINST=other_run; STAGE=reward measures that model again
+	@$(call UNFORCED,report) $(if $(STAGE),--stage "$(STAGE)" $(OTHER)) $(if $(AGAINST),--against "$(AGAINST)")
 
 status: $(STAMP) ## runs, their stages, and what is stale
 	@$(PY) -m pipelines.status --artifacts "$(ARTIFACTS)"
