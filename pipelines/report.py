@@ -1,4 +1,4 @@
-"""Write report.html of a run: `python -m pipelines.report --recipe tiny [--against other] [--stage reward [key=value ...]]`."""
+"""Write report.html of a run: `python -m pipelines.report --recipe tiny [--against other_run] [--stage reward]`."""
 
 import argparse
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger("rlhf")
 
 
 def report(args: argparse.Namespace) -> Artifact | None:
-    """Measure a reward model again where `--stage reward` asks for it; then write the page of the run, in one process."""
+    """Measure a reward model again where `--stage reward` asks for it; then write the page of the run."""
     from rlhf.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)

@@ -288,7 +288,7 @@ def plot_optimiser(run: Run) -> Figure:
 
 def plot_before_ppo(run: Run) -> Figure:
     """What PPO starts from: the SFT loss, the reward model's loss, and its accuracy beside the baselines."""
-    sft, reward = _logged(run.metrics("sft")), _logged(run.metrics("reward"))
+    sft, reward = logged(run.metrics("sft")), logged(run.metrics("reward"))
     loss = [("loss", "training", _TRAIN), ("eval_loss", "held-out", _HELD_OUT)]
     with _figure("Before PPO: supervised fine-tuning and the reward model", 1, [1, 1, 1.55]) as (figure, axes):
         _panel(axes[0], sft, loss, "SFT loss", "nats per completion token", x="step")
@@ -416,7 +416,7 @@ def _alert(axes: Axes, history: pd.DataFrame, name: str) -> None:
     )  # fmt: skip
 
 
-def _logged(table: pd.DataFrame) -> pd.DataFrame:
+def logged(table: pd.DataFrame) -> pd.DataFrame:
     """Rows without the Trainer's last one, whose means cover only the few batches since the row before."""
     return table[table["train_loss"].isna()] if "train_loss" in table.columns else table
 

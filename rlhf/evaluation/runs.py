@@ -109,7 +109,7 @@ def comparison_of(run: Run) -> dict[str, Any] | None:
 
 
 def evaluation_frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """The evaluations' tables side by side: a row per measure, and columns (run, policy). Runs without one are left out."""
+    """The evaluations' tables side by side: a row per measure, columns (run, policy). Runs without one are left out."""
     check_names(runs)
     tables = {}
     for run in runs:

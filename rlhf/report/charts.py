@@ -1,4 +1,4 @@
-"""The curves of a run as inline SVG, drawn by hand: they follow the page's colours and show values under the pointer."""
+"""The curves of a run as inline SVG, drawn by hand: they follow the page's colours and show their values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from rlhf.evaluation.curves import Run
+from rlhf.evaluation.curves import Run, logged
 from rlhf.reward.page import escaped
 
 WIDTH, HEIGHT = 400, 216
@@ -102,7 +102,7 @@ def stage_charts(run: Run, stage: str, other: Run | None = None) -> tuple[str, s
         stage: its folder.
         other: another run, whose curves lie dashed beneath where it has the stage.
     """
-    table, beside = run.metrics(stage), other.metrics(stage) if other else pd.DataFrame()
+    table, beside = logged(run.metrics(stage)), logged(other.metrics(stage)) if other else pd.DataFrame()
     x = "ppo_step" if "ppo_step" in table.columns else "step"
     if table.empty or x not in table.columns:
         return "", ""
@@ -215,7 +215,8 @@ def _grid(place: Scale, rows: Sequence[float], columns: Sequence[float]) -> list
         for tick in rows
     ]
     return lines + [
-        f"<text class='tick' x='{place.x(tick):.1f}' y='{HEIGHT - BOTTOM + 16}' text-anchor='middle'>{_number(tick)}</text>"
+        f"<text class='tick' x='{place.x(tick):.1f}' y='{HEIGHT - BOTTOM + 16}' text-anchor='middle'>"
+        f"{_number(tick)}</text>"
         for tick in columns
     ]
 

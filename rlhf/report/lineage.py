@@ -12,7 +12,8 @@ from rlhf.reward.page import escaped
 
 WIDTH, GAP, HEIGHT = 172, 36, 92  # of a stage's box and between two, in SVG units
 DATA_HEIGHT, DATA_Y, STAGE_Y = 50, 8, 128
-LETTER = 6.6  # mean width of a letter of the small text
+ARC = 26  # how deep an arrow goes below the boxes, for each that it passes
+LETTERS = 19  # of a title that fit into a box
 
 
 @dataclass
@@ -50,10 +51,10 @@ def lineage_svg(run: Run) -> str:
         for used in artifact.manifest.get("data", {}):
             arrows.append(_data_arrow(data[used], stages[name]))
     right = max(node.x for node in [*stages.values(), *data.values()]) + WIDTH + 4
-    bottom = STAGE_Y + HEIGHT + 14 + (22 * deepest if deepest > 1 else 0)
+    bottom = STAGE_Y + HEIGHT + 6 + (0.75 * ARC * deepest if deepest > 1 else 0)
     boxes = [_box(node) for node in [*data.values(), *stages.values()]]
     return (
-        f"<svg class='lineage' viewBox='0 0 {right:.0f} {bottom}' role='img' aria-label='lineage of the run'>"
+        f"<svg class='lineage' viewBox='0 0 {right:.0f} {bottom:.0f}' role='img' aria-label='lineage of the run'>"
         "<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' orient='auto'>"
         f"<path class='tip' d='M0 0L8 4L0 8z'/></marker></defs>{''.join(arrows)}{''.join(boxes)}</svg>"
     )
@@ -109,7 +110,7 @@ def _arrow(start: Node, end: Node, span: int, stale: bool) -> str:
     if span == 1:
         y = STAGE_Y + HEIGHT / 2
         return f"<path class='{kind}' marker-end='url(#tip)' d='M{start.x + WIDTH:.0f} {y}H{end.x - 2:.0f}'/>"
-    y, low = STAGE_Y + HEIGHT, STAGE_Y + HEIGHT + 26 * span
+    y, low = STAGE_Y + HEIGHT, STAGE_Y + HEIGHT + ARC * span
     first, last = start.middle + 24, end.middle - 18 * span
     return (
         f"<path class='{kind}' marker-end='url(#tip)' "
@@ -126,8 +127,7 @@ def _data_arrow(data: Node, stage: Node) -> str:
 
 def _box(node: Node) -> str:
     y, height = (DATA_Y, DATA_HEIGHT) if node.kind == "data" else (STAGE_Y, HEIGHT)
-    fits = int((WIDTH - 20) / (LETTER * 1.15))
-    title = node.title if len(node.title) <= fits else node.title[: fits - 1] + "…"
+    title = node.title if len(node.title) <= LETTERS else node.title[: LETTERS - 1] + "…"
     lines = "".join(
         f"<text class='{'hash' if number == 0 and node.kind != 'outside' else 'small'}' x='{node.x + 12:.0f}' "
         f"y='{y + 40 + 18 * number}'>{escaped(line)}</text>"

@@ -1,7 +1,7 @@
 """report.html of a run: one file that needs nothing else, offline, made from the run's artifacts alone.
 
-Responses are text that a model wrote: everything is escaped, and the page's policy lets no script run but its own, which
-it knows by its hash, and no request leave the page.
+Responses are text that a model wrote: everything is escaped, and the page's policy lets no script run but its own,
+which it knows by its hash, and no request leave the page.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf.reward.page import boxes, escaped, folded, table
 
 PAGE = "report.html"
 HERE = Path(__file__).parent
-ESSENTIAL = ("The gate", "Accuracy", "Calibration and margins", "Edited answers", "Failures")
+SHOWN = ("Accuracy", "Calibration and margins")  # of the reward report; the rest is a click away
 TITLES = {
     "lineage": "Where it comes from",
     "against": "Against another run",
@@ -185,9 +185,9 @@ def _picture(run: Run, name: str, alt: str) -> str:
 
 def _samples(run: Run) -> str:
     intro = (
-        "<p>The same prompts early and late. Colours show each token's part: <b>reward</b> is -kl_coef times its KL, and "
-        "the score on the last one; <b>KL</b> how much likelier it is than under the SFT model, in nats; <b>value</b> what "
-        "the critic expects from there on.</p>"
+        "<p>The same prompts early and late. Colours show each token's part: <b>reward</b> is -kl_coef times its KL, "
+        "and the score on the last one; <b>KL</b> how much likelier it is than under the SFT model, in nats; "
+        "<b>value</b> what the critic expects from there on.</p>"
     )
     body = samples.samples_html(run)
     return intro + body if body else _note("No samples in this run: `make ppo` records them.")
@@ -236,6 +236,8 @@ def _rewards(run: Run) -> str:
             parts.append(_reward(name, report_of(run, name)))
         except UserError as error:
             parts.append(_note(str(error)))
+        except json.JSONDecodeError as error:
+            parts.append(_note(f"{name}/report.json is damaged ({error}): `make report STAGE=reward` makes it again."))
     return "".join(parts) or _note("No reward model in this run: `make reward` makes one.")
 
 
@@ -251,8 +253,7 @@ def _reward(name: str, report: dict[str, Any]) -> str:
     ]
     for title, explanation, body in reward_page.sections(report):
         whole = f"<p>{escaped(explanation)}</p>{body}"
-        shown = title in ESSENTIAL[1:3]
-        parts.append(f"<h4>{escaped(title)}</h4>{whole}" if shown else folded(title, whole))
+        parts.append(f"<h4>{escaped(title)}</h4>{whole}" if title in SHOWN else folded(title, whole))
     return "".join(parts)
 
 
@@ -262,5 +263,5 @@ def _recipe(run: Run) -> str:
     whole = json.dumps(recipe, indent=2, ensure_ascii=False)
     return (
         "<p>What the recipe sets otherwise than the defaults, as each stage ran with it.</p>"
-        f"{table(frame, ())}{folded('the whole resolved recipe', f'<pre>{escaped(whole)}</pre>')}"
+        f"<div class=settings>{table(frame, ())}</div>{folded('the whole resolved recipe', f'<pre>{escaped(whole)}</pre>')}"
     )

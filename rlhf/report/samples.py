@@ -20,6 +20,10 @@ from rlhf.reward.page import escaped
 MOST_STEPS = 6  # of PPO in the page: first, published, last and some between
 MOST_CHARACTERS = 1_200_000  # of HTML per group: the page stays below 5 MB
 HEATS = (("token_reward", "reward"), ("token_kl", "KL"), ("token_value", "value"))
+ORDERS = (
+    *(("", "as sampled"), ("gain", "gain, largest first"), ("loss", "loss, largest first")),
+    *(("high", "score, highest first"), ("low", "score, lowest first"), ("kl", "KL, highest first")),
+)
 NO_TOKENS = (
     "samples.jsonl of this run has no numbers per token (it was written by an earlier version): `make ppo FORCE=1` "
     "records them."
@@ -74,7 +78,7 @@ def chosen_steps(steps: Sequence[int], published: int | None) -> list[int]:
     between = MOST_STEPS - (2 if published in (steps[0], steps[-1], None) or published not in steps else 3)
     last = len(steps) - 1
     kept = {steps[round(number * last / (between + 1))] for number in range(between + 2)}
-    return sorted(kept | ({published} & set(steps)))
+    return sorted(kept | {step for step in steps if step == published})
 
 
 def evaluation_group(run: Run) -> Group | None:
@@ -108,7 +112,8 @@ def samples_html(run: Run) -> str:
         return ""
     parts = [_controls(found)]
     for number, group in enumerate(found):
-        articles, length = [], 0
+        articles: list[str] = []
+        length = 0
         for article in _articles(group):
             length += len(article)
             if articles and length > MOST_CHARACTERS:
@@ -132,18 +137,18 @@ def _has_tokens(group: Group) -> bool:
 def _controls(found: Sequence[Group]) -> str:
     choices = "".join(f"<option value='{n}'>{escaped(group.name)}</option>" for n, group in enumerate(found))
     heats = "".join(f"<button type='button' data-heat='{key}'>{name}</button>" for key, name in HEATS)
-    orders = (("", "as sampled"), ("gain", "gain, largest first"), ("loss", "loss, largest first"))
-    orders += (("high", "score, highest first"), ("low", "score, lowest first"), ("kl", "KL, highest first"))
-    order = "".join(f"<option value='{value}'>{text}</option>" for value, text in orders)
+    order = "".join(f"<option value='{value}'>{text}</option>" for value, text in ORDERS)
     return (
         "<div class='controls' hidden>"
         f"<label>what <select id='group'>{choices}</select></label>"
         "<label>left <select id='left'></select></label><label>right <select id='right'></select></label>"
         f"<label>order <select id='order'>{order}</select></label>"
         "<label class='wide'>search <input id='search' type='search' placeholder='in prompts and responses'></label>"
-        "<label><span id='score-name'>score</span> of the right, from <input id='least' type='number' step='0.1'></label>"
+        "<label><span id='score-name'>score</span> of the right, from "
+        "<input id='least' type='number' step='0.1'></label>"
         "<label>to <input id='most' type='number' step='0.1'></label>"
-        f"<span class='heat' role='group'>colour tokens by <button type='button' data-heat=''>none</button>{heats}</span>"
+        "<span class='heat' role='group'>colour tokens by "
+        f"<button type='button' data-heat=''>none</button>{heats}</span>"
         "<span id='scale'></span><span id='count' role='status'></span></div>"
     )
 
