@@ -82,7 +82,7 @@ evaluate: $(STAMP) ## SFT against PPO on held-out prompts: table, reward against
 	@$(call RUN_STAGE,evaluate)
 
 report: $(STAMP) ## all of a run on one page, artifacts/RUN/report.html; AGAINST=other_run; STAGE=reward measures that model again
-	@$(call UNFORCED,report) $(if $(STAGE),--stage "$(STAGE)" $(OTHER)) $(if $(AGAINST),--against "$(AGAINST)")
+	@$(call UNFORCED,report) $(if $(STAGE),--stage "$(STAGE)") $(OTHER) $(if $(AGAINST),--against "$(AGAINST)")
 
 status: $(STAMP) ## runs, their stages, and what is stale
 	@$(PY) -m pipelines.status --artifacts "$(ARTIFACTS)"

@@ -7,29 +7,26 @@ import sys
 from pathlib import Path
 
 from pipelines.cli import check_folder, main
-from rlhf.artifacts import Artifact
-from rlhf.errors import UserError
+from rlhf.artifacts import Artifact, check_name
 
 logger = logging.getLogger("rlhf")
 
 
 def report(args: argparse.Namespace) -> Artifact | None:
-    """Measure a reward model again where `--stage reward` asks for it; then write the page of the run."""
+    """Measure a reward model again where stage, folder or settings ask for it; then write the page of the run."""
     from rlhf.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    run = args.run or recipe.name
-    if args.stage is None and (args.overrides or args.folder):
-        given = args.overrides[0] if args.overrides else f"--as {args.folder}"
-        raise UserError(f"report: {given}: changes nothing on a page: add --stage reward to measure the model again")
+    run = check_name(args.run or recipe.name, "--run")
+    measure = bool(args.stage or args.folder or args.overrides)
     if args.dry_run or int(os.environ.get("RANK", "0")):
-        first = "measure the reward model again and " if args.stage else ""
+        first = "measure the reward model again and " if measure else ""
         logger.info("report: would %swrite the page of run %s", first, run)
         return None
-    if args.stage == "reward":
+    if measure:
         from rlhf.reward.train import redo_report  # torch only after the recipe has been read
 
-        redo_report(recipe, Path(args.artifacts), args.run, check_folder(args.folder or "reward"))
+        redo_report(recipe, Path(args.artifacts), run, check_folder(args.folder or "reward"))
     write(Path(args.artifacts), run, args.against)
     return None
 
@@ -39,9 +36,7 @@ def write(artifacts: Path, run: str, against: str | None) -> None:
     from rlhf.evaluation.curves import load_run
     from rlhf.report.page import write_page
 
-    other = None
-    if against is not None:
-        other = load_run(against if os.sep in against else artifacts / against)
+    other = None if against is None else load_run(against if os.sep in against else artifacts / against)
     path = write_page(load_run(artifacts / run), other)
     logger.info("report: %s (%.1f MB, opens in any browser, offline)", path, path.stat().st_size / 1e6)
 

@@ -40,7 +40,7 @@
       }
       const room = chart.parentElement.clientWidth - box.offsetWidth;
       box.style.left = `${Math.max(0, Math.min(room, at * unit + (at * unit > room - 12 ? -box.offsetWidth - 12 : 12)))}px`;
-      box.style.top = `${shape.top - chart.parentElement.getBoundingClientRect().top + top * unit}px`;
+      box.style.top = `${shape.bottom - chart.parentElement.getBoundingClientRect().top}px`;
     });
   }
 

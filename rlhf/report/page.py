@@ -243,8 +243,11 @@ def _rewards(run: Run) -> str:
 
 def _reward(name: str, report: dict[str, Any]) -> str:
     verdict = escaped(report["gate"]["verdict"])
-    reasons = [check["reason"] for check in report["gate"]["checks"] if check["verdict"] != "pass"]
-    listed = "".join(f"<li>{escaped(reason)}</li>" for reason in reasons)
+    reasons = [check for check in report["gate"]["checks"] if check["verdict"] != "pass"]
+    listed = "".join(
+        f"<li>{escaped(check['verdict'].upper())} {escaped(check['name'])}: {escaped(check['reason'])}</li>"
+        for check in reasons
+    )
     text = escaped(reward_page.VERDICTS[report["gate"]["verdict"]])
     parts = [
         f"<h3>{escaped(name)}</h3>",
@@ -260,8 +263,10 @@ def _reward(name: str, report: dict[str, Any]) -> str:
 def _recipe(run: Run) -> str:
     recipe = recipe_of(run)
     frame = recipes.chosen_settings(recipe)
-    whole = json.dumps(recipe, indent=2, ensure_ascii=False)
+    whole = folded(
+        "the whole resolved recipe", f"<pre>{escaped(json.dumps(recipe, indent=2, ensure_ascii=False))}</pre>"
+    )
     return (
         "<p>What the recipe sets otherwise than the defaults, as each stage ran with it.</p>"
-        f"<div class=settings>{table(frame, ())}</div>{folded('the whole resolved recipe', f'<pre>{escaped(whole)}</pre>')}"
+        f"<div class=settings>{table(frame, ())}</div>{whole}"
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
+from pydantic_core import to_jsonable_python
 
 from rlhf.evaluation.runs import flattened
 from rlhf.recipe import Recipe
@@ -30,13 +30,13 @@ def _chosen(model: type[BaseModel], values: Mapping[str, Any], path: str) -> Ite
         if name not in values or (not path and name in ("name", "description")):
             continue
         value, key = values[name], f"{path}.{name}" if path else name
-        default = field.get_default(call_default_factory=True)
-        default = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+        required = field.is_required()
+        default = None if required else to_jsonable_python(field.get_default(call_default_factory=True))
         nested = models_in(field.annotation)
         if isinstance(value, dict) and len(nested) == 1:
             yield from _chosen(nested[0], value, key)
         elif isinstance(value, dict):
             yield from ((path, text, "") for path, text in flattened(value, key).items())
-        elif value != default:
-            text = json.dumps(value, ensure_ascii=False)
-            yield key, text, "required" if default is PydanticUndefined else json.dumps(default, default=str)
+        elif required or value != default:
+            shown = "required" if required else json.dumps(default, ensure_ascii=False)
+            yield key, json.dumps(value, ensure_ascii=False), shown
