@@ -33,6 +33,7 @@ ON_CPU = $(and $(filter --cpu,$(LAUNCH)),$(findstring --num_processes,$(LAUNCH))
 LAUNCHER = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(or $(if $(ON_CPU),$(patsubst --cpu,$(CPU_CONFIG),$(LAUNCH)),$(LAUNCH)),python)
 COMMON = --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(RUN),--run "$(RUN)") $(if $(DRY_RUN),--dry-run)
 RUN_STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
+RUN_DIR = $(abspath $(ARTIFACTS))/$(or $(RUN),$(basename $(notdir $(RECIPE))))
 OTHER = $(if $(REWARD),--as "$(REWARD)")
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 
@@ -87,8 +88,8 @@ report: $(STAMP) ## all of a run on one page, artifacts/RUN/report.html; AGAINST
 status: $(STAMP) ## runs, their stages, and what is stale
 	@$(PY) -m pipelines.status --artifacts "$(ARTIFACTS)"
 
-notebook: $(STAMP) ## execute the notebooks on a finished run
-	@RLHF_RUN_DIR="$(abspath $(ARTIFACTS))/$(or $(RUN),$(basename $(notdir $(RECIPE))))" $(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
+notebook: $(STAMP) ## execute the notebooks on a finished run, and compare it with AGAINST=other_run
+	@RLHF_RUN_DIR="$(RUN_DIR)" RLHF_RUNS="$(RUN_DIR)$(AGAINST:%=,$(abspath $(ARTIFACTS))/%)" $(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
 
 test: $(STAMP) ## unit, contract and integration tests, offline
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow and not gpu"
