@@ -13,7 +13,7 @@ from rlhf.reward.page import escaped
 WIDTH, GAP, HEIGHT = 172, 36, 92  # of a stage's box and between two, in SVG units
 DATA_HEIGHT, DATA_Y, STAGE_Y = 50, 8, 128
 ARC = 26  # how deep an arrow goes below the boxes, for each that it passes
-LETTERS = 18  # of a title that fit into a box
+LETTERS = {"data": 22}  # of a title that fit into a box
 
 
 @dataclass
@@ -127,7 +127,8 @@ def _data_arrow(data: Node, stage: Node) -> str:
 
 def _box(node: Node) -> str:
     y, height = (DATA_Y, DATA_HEIGHT) if node.kind == "data" else (STAGE_Y, HEIGHT)
-    title = node.title if len(node.title) <= LETTERS else node.title[: LETTERS - 1] + "…"
+    fits = LETTERS.get(node.kind, 18)
+    title = node.title if len(node.title) <= fits else node.title[: fits - 1] + "…"
     lines = "".join(
         f"<text class='{'hash' if number == 0 and node.kind != 'outside' else 'small'}' x='{node.x + 12:.0f}' "
         f"y='{y + 40 + 18 * number}'>{escaped(line)}</text>"

@@ -63,7 +63,7 @@ def groups(run: Run) -> list[Group]:
 def training_group(run: Run) -> Group | None:
     """The fixed prompts of PPO's samples.jsonl at the first, the published, the last and some other steps."""
     table = run.samples("ppo")
-    if table.empty or not (table["kind"] == "fixed").any():
+    if "kind" not in table.columns or not (table["kind"] == "fixed").any():
         return None
     fixed = table[table["kind"] == "fixed"]
     steps = chosen_steps(sorted({int(step) for step in fixed["step"]}), run.headline("ppo").get("published_ppo_step"))
@@ -171,7 +171,7 @@ def _side(side: Side, score_name: str) -> str:
     values = "".join(
         f" data-{name.replace('_', '-')}='{escaped(json.dumps(row[name], separators=(',', ':')))}'"
         for name, _ in HEATS
-        if _tokens(row)
+        if _tokens(row) and isinstance(row.get(name), list)
     )
     return (
         f"<div class='side' data-label='{escaped(side.label)}' data-score='{_plain(row['score'])}' "
