@@ -13,7 +13,7 @@ from rlhf.reward.page import escaped
 WIDTH, GAP, HEIGHT = 172, 36, 92  # of a stage's box and between two, in SVG units
 DATA_HEIGHT, DATA_Y, STAGE_Y = 50, 8, 128
 ARC = 26  # how deep an arrow goes below the boxes, for each that it passes
-LETTERS = {"data": 22}  # of a title that fit into a box
+LETTERS = {"data": 20}  # of a title that fit into a box
 
 
 @dataclass
