@@ -104,7 +104,7 @@ def stage_charts(run: Run, stage: str, other: Run | None = None) -> tuple[str, s
     """
     table, beside = logged(run.metrics(stage)), logged(other.metrics(stage)) if other else pd.DataFrame()
     x = "ppo_step" if "ppo_step" in table.columns else "step"
-    if table.empty or x not in table.columns:
+    if table.empty or x not in table.columns or run.stages[stage].stage == "evaluate":  # its one row is a table
         return "", ""
     charts = PPO if x == "ppo_step" else TRAINER
     shown = {key for chart in charts for key, _ in chart.keys}

@@ -24,6 +24,7 @@ from rlhf.ppo.alerts import CAUSES
 from rlhf.report import charts, lineage, recipes, samples
 from rlhf.reward import page as reward_page
 from rlhf.reward.figures import percent, report_of
+from rlhf.reward.gate import REPORT, SCHEMA
 from rlhf.reward.page import boxes, escaped, folded, table
 
 PAGE = "report.html"
@@ -124,8 +125,8 @@ def _glance(run: Run) -> str:
             numbers.append((percent(metrics[key]), f"{names[0]} beats {names[1]} by {judge} ({limits})"))
         if f"{last}/kl_mean" in metrics:
             numbers.append((f"{metrics[f'{last}/kl_mean']:.1f} nats", "KL to the SFT model, per response"))
-    if "ppo" in run.stages:
-        alerts = run.stages["ppo"].manifest.get("alerts", {})
+    if "ppo" in run.stages and "alerts" in run.stages["ppo"].manifest:
+        alerts = run.stages["ppo"].manifest["alerts"]
         numbers.append((str(len(alerts)), f"alerts in PPO{': ' if alerts else ''}{', '.join(alerts)}"))
     seconds = sum(float(artifact.manifest["wall_seconds"]) for artifact in run.stages.values())
     numbers.append((lineage.duration(seconds), f"in {len(run.stages)} stages"))
@@ -233,11 +234,17 @@ def _rewards(run: Run) -> str:
         if artifact.stage != "reward":
             continue
         try:
-            parts.append(_reward(name, report_of(run, name)))
+            report = report_of(run, name)
         except UserError as error:
             parts.append(_note(str(error)))
+            continue
         except json.JSONDecodeError as error:
-            parts.append(_note(f"{name}/report.json is damaged ({error}): `make report STAGE=reward` makes it again."))
+            parts.append(_note(f"{name}/{REPORT} is damaged ({error}): `make report STAGE=reward` makes it again."))
+            continue
+        if report.get("schema") == SCHEMA:
+            parts.append(_reward(name, report))
+        else:
+            parts.append(_note(f"{name}/{REPORT} is of another version: `make report STAGE=reward` measures it again."))
     return "".join(parts) or _note("No reward model in this run: `make reward` makes one.")
 
 

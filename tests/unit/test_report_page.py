@@ -252,3 +252,5 @@ def test_a_damaged_reward_report_is_said_in_a_line(tmp_path):
     assert "no report.json: `make report STAGE=reward` makes one" in Elements(page(load_run(run))).text
     (folder / "report.json").write_text("{", encoding="utf-8")
     assert "report.json is damaged" in Elements(page(load_run(run))).text
+    (folder / "report.json").write_text('{"schema": 0}', encoding="utf-8")
+    assert "report.json is of another version" in Elements(page(load_run(run))).text
