@@ -16,6 +16,8 @@ DRY_RUN ?=
 LAUNCH ?=
 TOKENIZER ?=
 REWARD ?=
+AGAINST ?=
+STAGE ?=
 PYTHON ?= python3
 CONSTRAINTS ?= $(or $(SETUP_CONSTRAINTS),constraints.txt)
 DEFAULT_EXTRAS := tiny,dev,data
@@ -31,6 +33,7 @@ ON_CPU = $(and $(filter --cpu,$(LAUNCH)),$(findstring --num_processes,$(LAUNCH))
 LAUNCHER = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(or $(if $(ON_CPU),$(patsubst --cpu,$(CPU_CONFIG),$(LAUNCH)),$(LAUNCH)),python)
 COMMON = --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(RUN),--run "$(RUN)") $(if $(DRY_RUN),--dry-run)
 RUN_STAGE = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(if $(FORCE),--force) $(SET)
+RUN_DIR = $(abspath $(ARTIFACTS))/$(or $(RUN),$(basename $(notdir $(RECIPE))))
 OTHER = $(if $(REWARD),--as "$(REWARD)")
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 
@@ -79,14 +82,14 @@ ppo: $(STAMP) ## PPO, then evaluate
 evaluate: $(STAMP) ## SFT against PPO on held-out prompts: table, reward against KL, pictures, samples
 	@$(call RUN_STAGE,evaluate)
 
-report: $(STAMP) ## redo the report on a finished stage: STAGE=reward
-	@$(call UNFORCED,report) --stage "$(or $(STAGE),reward)" $(OTHER)
+report: $(STAMP) ## all of a run on one page, artifacts/RUN/report.html; AGAINST=other_run; STAGE=reward measures that model again
+	@$(call UNFORCED,report) $(if $(STAGE),--stage "$(STAGE)") $(OTHER) $(if $(AGAINST),--against "$(AGAINST)")
 
 status: $(STAMP) ## runs, their stages, and what is stale
 	@$(PY) -m pipelines.status --artifacts "$(ARTIFACTS)"
 
-notebook: $(STAMP) ## execute the notebooks on a finished run
-	@RLHF_RUN_DIR="$(abspath $(ARTIFACTS))/$(or $(RUN),$(basename $(notdir $(RECIPE))))" $(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
+notebook: $(STAMP) ## execute the notebooks on a finished run, and compare it with AGAINST=other_run
+	@RLHF_RUN_DIR="$(RUN_DIR)" RLHF_RUNS="$(RUN_DIR)$(AGAINST:%=,$(abspath $(ARTIFACTS))/%)" $(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
 
 test: $(STAMP) ## unit, contract and integration tests, offline
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow and not gpu"

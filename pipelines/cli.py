@@ -52,7 +52,10 @@ def parse(stage: str, argv: list[str] | None) -> argparse.Namespace:
     if stage in ("reward", "report"):
         parser.add_argument("--as", dest="folder", metavar="NAME", help="another reward model of the run: reward_b")
     if stage == "report":
-        parser.add_argument("--stage", default="reward", choices=["reward"], help="whose report (reward)")
+        parser.add_argument(
+            "--stage", choices=["reward"], help="measure the reward model again first; settings ask for it, too"
+        )
+        parser.add_argument("--against", metavar="RUN", help="another run (or its path): differences and its curves")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as ppo.kl_coef=0.1")
     return parser.parse_intermixed_args(argv)
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from rlhf.metrics import check_keys, is_known
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
     from rlhf.ppo.rollout import Rollout
 
@@ -51,6 +52,8 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -102,14 +105,17 @@ class MetricsWriter:
         )
         self.bar.update(int(row["ppo_step"]) - self.bar.n)
 
-    def write_samples(self, step: int, rollout: Rollout | None, fixed: Rollout | None) -> None:
+    def write_samples(
+        self, step: int, rollout: Rollout | None, fixed: Rollout | None, decode: Callable[[Sequence[int]], str]
+    ) -> None:
         """Rows of samples.jsonl: the fixed prompts of this step's evaluation, and some of its rollout's."""
         if not self.accelerator.is_main_process:
             return
         for source, kind in ((fixed, "fixed"), (rollout, "random")):
             if source is not None:
                 for row in range(min(self.samples, len(source.prompts))):
-                    append_row(self.directory / "samples.jsonl", {"step": step, "kind": kind} | sample_row(source, row))
+                    sample = sample_row(source, row, decode)
+                    append_row(self.directory / "samples.jsonl", {"step": step, "kind": kind} | sample)
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after ppo_step `step`."""
@@ -125,20 +131,46 @@ class MetricsWriter:
             tracker.finish()
 
 
-def sample_row(rollout: Rollout, row: int) -> dict[str, Any]:
-    """One response as samples.jsonl holds it; ids unpadded, KL in nats per response."""
+def sample_row(rollout: Rollout, row: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """One response as samples.jsonl holds it; ids unpadded, KL in nats per response; lists are per token."""
     keep = rollout.response_mask[row]
-    kl = (rollout.logprobs[row] - rollout.ref_logprobs[row])[keep].sum()
+    token_kl = (rollout.logprobs[row] - rollout.ref_logprobs[row])[keep]
+    ids = rollout.response_ids[row][keep].tolist()
     return {
         "prompt": rollout.prompts[row],
         "prompt_ids": rollout.prompt_ids[row][rollout.prompt_mask[row].bool()].tolist(),
         "response": rollout.responses[row],
-        "response_ids": rollout.response_ids[row][keep].tolist(),
+        "response_ids": ids,
         "score": round(float(rollout.scores[row]), 4),
-        "kl": round(float(kl), 4),
+        "kl": round(float(token_kl.sum()), 4),
         "length": int(keep.sum()),
         "has_eos": bool(rollout.finished[row]),
+        "tokens": token_texts(decode, ids),
+        "token_kl": _rounded(token_kl),
+        "token_value": _rounded(rollout.values[row][keep]),
+        "token_reward": _rounded(rollout.rewards[row][keep]),
     }
+
+
+def _rounded(x: Tensor) -> list[float]:
+    return [round(value, 4) for value in x.tolist()]
+
+
+def token_texts(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; joined, they are the text.
+
+    A character of several tokens belongs to the last of them, and the others are empty, as special tokens are. Each
+    token is decoded after the one before it: tokenizers drop a space at the beginning.
+    """
+    texts: list[str] = []
+    first = done = 0
+    for end in range(1, len(ids) + 1):
+        before, after = decode(ids[first:done]), decode(ids[first:end])
+        whole = len(after) > len(before) and (end == len(ids) or not after.endswith("\ufffd"))
+        texts.append(after[len(before) :] if whole else "")
+        if whole:
+            first, done = done, end
+    return texts
 
 
 def trainer_callback(directory: Path) -> Any:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -439,6 +439,7 @@ def _manifest(ctx: StageContext, result: dict[str, Any], seconds: float) -> dict
         "git_commit": git_commit(),
         "packages": package_versions(),
         "hardware": hardware(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "wall_seconds": round(seconds, 2),
         "peak_memory_gib": round(peak_memory_gib(), 3),
         "continued": ctx.continued,

@@ -6,6 +6,7 @@ leaves its panel empty with a note.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -286,9 +287,49 @@ def plot_optimiser(run: Run) -> Figure:
     return figure
 
 
+def plot_runs(runs: Sequence[Run]) -> Figure:
+    """PPO of several runs in the same panels, a colour each; diamonds are held-out prompts."""
+    panels = [
+        ("objective/scores", "Reward score", "mean score of a response", None),
+        ("objective/kl", "KL to the reference", "nats per response", None),
+        ("objective/entropy", "Entropy of the policy", "nats per response", 0.0),
+        ("rollout/response_length", "Response length", "tokens, EOS included", 0.0),
+        ("rollout/eos_rate", "EOS rate", "share of responses", 0.0),
+    ]
+    colours = (_TRAIN, _HELD_OUT, *_OTHERS)
+    with _figure(f"PPO: {', '.join(run.name for run in runs)}", 2, [1, 1, 1]) as (figure, axes):
+        for place, (key, title, unit, low) in zip((0, 1, 3, 4, 5), panels, strict=True):
+            held_out = key.replace("objective/", "eval/").replace("rollout/", "eval/")
+            curves = [(f"{key} {run.name}", run.name, c) for run, c in zip(runs, itertools.cycle(colours))]
+            curves += [(f"{held_out} {run.name}", "", c) for run, c in zip(runs, itertools.cycle(colours))]
+            _panel(axes[place], _beside(runs, (key, held_out)), curves, title, unit, low=low)
+        axes[2].set_title("Reward against KL")
+        axes[2].set_xlabel("KL to the reference, nats per response")
+        axes[2].set_ylabel("mean score of a response")
+        for run, colour in zip(runs, itertools.cycle(colours)):
+            history = run.metrics("ppo")
+            if {"objective/kl", "objective/scores"}.issubset(history.columns):
+                axes[2].plot(history["objective/kl"], history["objective/scores"], "o-", color=colour, markersize=3)
+                axes[2].lines[-1].set_label(run.name)
+        if axes[2].lines:
+            axes[2].legend(loc="lower right")
+    return figure
+
+
+def _beside(runs: Sequence[Run], keys: Sequence[str]) -> pd.DataFrame:
+    """PPO's metrics of all runs in one table by step: columns `<key> <run>`."""
+    tables = []
+    for run in runs:
+        history = run.metrics("ppo")
+        if "ppo_step" in history.columns:
+            names = {key: f"{key} {run.name}" for key in keys if key in history.columns}
+            tables.append(history.set_index("ppo_step")[list(names)].rename(columns=names))
+    return pd.concat(tables, axis=1).rename_axis("ppo_step").reset_index() if tables else pd.DataFrame()
+
+
 def plot_before_ppo(run: Run) -> Figure:
     """What PPO starts from: the SFT loss, the reward model's loss, and its accuracy beside the baselines."""
-    sft, reward = _logged(run.metrics("sft")), _logged(run.metrics("reward"))
+    sft, reward = logged(run.metrics("sft")), logged(run.metrics("reward"))
     loss = [("loss", "training", _TRAIN), ("eval_loss", "held-out", _HELD_OUT)]
     with _figure("Before PPO: supervised fine-tuning and the reward model", 1, [1, 1, 1.55]) as (figure, axes):
         _panel(axes[0], sft, loss, "SFT loss", "nats per completion token", x="step")
@@ -416,7 +457,7 @@ def _alert(axes: Axes, history: pd.DataFrame, name: str) -> None:
     )  # fmt: skip
 
 
-def _logged(table: pd.DataFrame) -> pd.DataFrame:
+def logged(table: pd.DataFrame) -> pd.DataFrame:
     """Rows without the Trainer's last one, whose means cover only the few batches since the row before."""
     return table[table["train_loss"].isna()] if "train_loss" in table.columns else table
 

@@ -27,10 +27,15 @@ _MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&])")
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:
-    """Markdown table of `compare`'s result, aligned so that it reads well in a terminal.
+    """Markdown table of `compare`'s result, aligned so that it reads well in a terminal: `comparison_rows`."""
+    return _aligned(comparison_rows(result))
 
-    One row per measure; a column per policy, and with two policies one with the change. Brackets hold 95 % bootstrap
-    intervals over prompts.
+
+def comparison_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows of `compare`'s result: one row per measure.
+
+    There is a column per policy, and with two policies one with the change. Brackets hold 95 % bootstrap intervals over
+    prompts.
     """
     metrics = result["metrics"]
     first, *others = result["policies"]
@@ -38,25 +43,25 @@ def comparison_table(result: Mapping[str, Any]) -> str:
     header = ["measure", *map(display_name, result["policies"]), *(["change"] if change else [])]
     rows = []
     for label, key, delta, digits in _table_measures(result["scores"]):
-        row = [label, *(_with_interval(metrics, f"{name}/{key}", digits) for name in result["policies"])]
+        row = [label, *(with_interval(metrics, f"{name}/{key}", digits) for name in result["policies"])]
         rows.append(
-            row + [_with_interval(metrics, f"{name}_vs_{first}/{delta}", digits, "+") for name in others[:change]]
+            row + [with_interval(metrics, f"{name}_vs_{first}/{delta}", digits, "+") for name in others[:change]]
         )
     for label, key, ratio, digits in _SET_MEASURES:
-        row = [label, *(_with_interval(metrics, f"{name}/{key}", digits) for name in result["policies"])]
+        row = [label, *(with_interval(metrics, f"{name}/{key}", digits) for name in result["policies"])]
         ratios = [metrics.get(f"{name}_vs_{first}/{ratio}") for name in others[:change]]
         rows.append(row + ["-" if value is None else f"x {value:.2f}" for value in ratios])
     base = display_name(first)
     for label, key in ((f"win rate over {base} by", "win_rate"), ("the same at equal length, by", "lc_win_rate")):
         for score in [*result["scores"], *([result["pairwise"]["name"]] if "pairwise" in result else [])]:
             keys = [f"{name}_vs_{first}/{key}_{score}" for name in others]
-            row = [f"{label} {score}", "-", *(_with_interval(metrics, key, 3) for key in keys)]
+            row = [f"{label} {score}", "-", *(with_interval(metrics, key, 3) for key in keys)]
             rows.append(row + ["-"] * change)
     for score in result["scores"] if not change else ():
         keys = [f"{name}/strength_{score}" for name in result["policies"]]
-        rows.append([f"Bradley-Terry by {score}, logits", *(_with_interval(metrics, key, 2, "+") for key in keys)])
+        rows.append([f"Bradley-Terry by {score}, logits", *(with_interval(metrics, key, 2, "+") for key in keys)])
     empty = {"-"}
-    return _aligned([header, *(row for row in rows if set(row[1:]) != empty)])
+    return [header, *(row for row in rows if set(row[1:]) != empty)]
 
 
 def plot_comparison(
@@ -241,7 +246,8 @@ _SET_MEASURES = (
 )
 
 
-def _with_interval(metrics: Mapping[str, float], key: str, digits: int, sign: str = "") -> str:
+def with_interval(metrics: Mapping[str, float], key: str, digits: int, sign: str = "") -> str:
+    """A metric for people, its `_low` and `_high` in brackets where they are there; `-` where it is not."""
     if key not in metrics:  # the KL of a model with another tokenizer
         return "-"
     value, low, high = (metrics.get(key + suffix, metrics[key]) for suffix in ("", "_low", "_high"))

@@ -32,6 +32,7 @@ class Rollout:
         sampler_logprobs: [B,R] as the generator computed them.
         logprobs, ref_logprobs, values, entropy: [B,R] from the training forward, before any update.
         raw_scores: per reward source [B]; scores: [B] what PPO maximises.
+        rewards: [B,R] of each token: -kl_coef * KL, and the score on the last one.
         prompts, responses: text, for reward functions and people.
         columns: extra dataset columns, by name.
         shapes: how batches are cut and rounded up.
@@ -52,6 +53,7 @@ class Rollout:
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))
     raw_scores: dict[str, Tensor] = field(default_factory=dict)
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     shapes: Shapes = EXACT
 
     @cached_property

@@ -170,7 +170,7 @@ class PPOTrainer:
         """Run (or continue) until `total_episodes`, `max_kl`, or an error."""
         self.restore()
         if self.ppo_step == 0 and self.config.eval_every:
-            self.writer.write_samples(0, None, self.evaluate()[1])
+            self.writer.write_samples(0, None, self.evaluate()[1], self.decode)
         while self.ppo_step < self.config.total_steps and not self.stopped:
             metrics, rollout = self.step()
             self.ppo_step += 1
@@ -183,7 +183,7 @@ class PPOTrainer:
             self.writer.write(metrics)
             self.last_metrics = {key: value for key, value in metrics.items() if not key.startswith("perf/")}
             sampled = self.ppo_step == 1 or self._due(self.config.sample_every)
-            self.writer.write_samples(self.ppo_step, rollout if sampled else None, fixed)
+            self.writer.write_samples(self.ppo_step, rollout if sampled else None, fixed, self.decode)
             if self.bad_updates.too_many:
                 self._give_up()
             if self._due(self.config.keep_policies_every):
@@ -222,6 +222,7 @@ class PPOTrainer:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         if self.ppo_step == 0 and config.calibrates_critic:
             self._calibrate_critic(rollout, rewards)
+        rollout.rewards = rewards
 
         # 4. Advantages, whitened over the global batch, and the critic's targets.
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
@@ -381,7 +382,9 @@ class PPOTrainer:
         rollout = self.rollout(self.eval_prompts, EVAL, 0)
         self.score(rollout, update=False)
         add_logprobs_and_values(rollout, self.read, self.config.max_tokens_per_micro_batch, self.accelerator)
-        kl = _per_response(kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1"), rollout.response_mask)
+        mask, token_kl = rollout.response_mask, kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1")
+        rollout.rewards = token_rewards(rollout.scores, token_kl, mask, self.config.kl_coef)
+        kl = _per_response(token_kl, mask)
         score = float(rollout.scores.mean())
         metrics = {
             "eval/scores": score,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,20 +63,21 @@ def page(report: Mapping[str, Any]) -> str:
     """The whole page as HTML."""
     verdict, title = report["gate"]["verdict"], f"Reward model of {report['run']}"
     parts = [
-        f"<p class=meta>recipe {_text(report['recipe'])} · trained on {report['train_pairs']:,} pairs of "
-        f"{_text(report['data'])} · measured on {report['pairs']:,} held-out ones · seed {report['seed']}</p>",
-        f"<div class='verdict {verdict}'><b>{verdict}</b>{_text(VERDICTS[verdict])}</div>",
-        _headline(report),
-        *_sections(report),
+        f"<p class=meta>recipe {escaped(report['recipe'])} · trained on {report['train_pairs']:,} pairs of "
+        f"{escaped(report['data'])} · measured on {report['pairs']:,} held-out ones · seed {report['seed']}</p>",
+        f"<div class='verdict {verdict}'><b>{verdict}</b>{escaped(VERDICTS[verdict])}</div>",
+        headline(report),
+        *(section(*parts) for parts in sections(report)),
     ]
     return (
-        f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{_text(title)}</title>"
+        f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{escaped(title)}</title>"
         f"<meta name=viewport content='width=device-width'><style>{STYLE}</style></head>\n"
-        f"<body><main><h1>{_text(title)}</h1>\n" + "\n".join(parts) + "\n</main></body></html>\n"
+        f"<body><main><h1>{escaped(title)}</h1>\n" + "\n".join(parts) + "\n</main></body></html>\n"
     )
 
 
-def _headline(report: Mapping[str, Any]) -> str:
+def headline(report: Mapping[str, Any]) -> str:
+    """The numbers that one looks for first, as a row of boxes."""
     found, shorter, curve = report["accuracy"], report["shorter"], report["calibration"]
     numbers = [
         (
@@ -88,78 +89,87 @@ def _headline(report: Mapping[str, Any]) -> str:
     ]
     if shorter is not None:
         numbers.insert(1, (figures.percent(shorter["value"]), "where the shorter answer is better"))
-    cells = "".join(f"<div><strong>{_text(value)}</strong><span>{_text(name)}</span></div>" for value, name in numbers)
-    return f"<div class=numbers>{cells}</div>"
+    return boxes(numbers)
 
 
-def _sections(report: Mapping[str, Any]) -> list[str]:
+def boxes(numbers: Sequence[tuple[str, str]]) -> str:
+    """(value, what it is) as a row of boxes."""
+    cells = [f"<div><strong>{escaped(value)}</strong><span>{escaped(name)}</span></div>" for value, name in numbers]
+    return f"<div class=numbers>{''.join(cells)}</div>"
+
+
+def sections(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Title, explanation (text) and body (HTML) of each part of the page that there is something to say in."""
     curve = report["calibration"]
-    sections = [
-        _section(
+    found = [
+        (
             "The gate",
             "Each check with its numbers. A bound that the whole 95 % interval misses fails; one that the value misses "
             "within its interval warns. Thresholds: reward.gate in the recipe.",
-            _table(figures.checks_table(report)),
+            table(figures.checks_table(report)),
         ),
-        _section(
+        (
             "Accuracy",
             "A model that is no better than the baselines has learned no more than they have: length-only prefers the "
             "longer (or shorter) answer, TF-IDF weighs words. “Better answer: shorter” asks what is left where length "
             "does not help.",
-            _svg(figures.plot_slices(report)) + _folded("numbers", _table(figures.accuracy_frame(report))),
+            svg(figures.plot_slices(report)) + folded("numbers", table(figures.accuracy_frame(report))),
         ),
-        _section(
+        (
             "Calibration and margins",
             f"Under Bradley-Terry a margin of m means that the answer is better with probability sigmoid(m). Below the "
             f"dotted line the model is too sure. Negative log-likelihood {curve['nll']:.3f} nats per pair (a coin: "
             f"{figures.coin_nll():.3f}); divided by the best temperature, {curve['nll_after']:.3f} and an error of "
             f"{curve['ece_after']:.3f}.",
-            _svg(figures.plot_calibration(report)),
+            svg(figures.plot_calibration(report)),
         ),
-        _section(
+        (
             "Scores, length and form",
             "“Model prefers more” is the share of pairs in which the answer with more of a feature wins; that of the "
             "labels stands beside it. A difference far from 0 is a taste of the model's own, which PPO will follow.",
-            _svg(figures.plot_scores(report)) + _table(figures.bias_frame(report)),
+            svg(figures.plot_scores(report)) + table(figures.bias_frame(report)),
         ),
-        _section(
+        (
             "Edited answers",
             "The same held-out answers, made no better, or worse. “Worse answer wins” is the share of pairs in which "
             "the edited worse answer beats the better one as it was.",
-            _svg(figures.plot_edits(report)) + _table(figures.edits_frame(report)),
+            svg(figures.plot_edits(report)) + table(figures.edits_frame(report)),
         ),
-        _section(
+        (
             "What must not matter",
             "Padding and batch size are no part of an answer, and another wording of the prompt should hardly matter.",
-            _table(figures.invariance_frame(report)),
+            table(figures.invariance_frame(report)),
         ),
     ]
     if report["ood"]:
         text = "Preference sets from elsewhere: where the policy may go, but the labels do not."
-        sections.append(_section("Out of distribution", text, _table(figures.ood_frame(report))))
+        found.append(("Out of distribution", text, table(figures.ood_frame(report))))
     if report["learning_curve"]:
         text = (
             "A linear reward on the frozen features of the SFT model, trained on parts of the labels. While it rises, "
             "more labels help; where it is flat, look for better ones, or for a better base."
         )
-        sections.append(_section("Learning curve", text, _svg(figures.plot_learning_curve(report))))
+        found.append(("Learning curve", text, svg(figures.plot_learning_curve(report))))
     if report["failures"]:
         text = "Those it is surest of are often wrong labels; the nearly right ones show what it cannot tell apart."
-        sections.append(_section("Failures", text, _table(figures.failures_frame(report))))
-    return sections
+        found.append(("Failures", text, table(figures.failures_frame(report))))
+    return found
 
 
-def _section(title: str, text: str, body: str) -> str:
-    return f"<section><h2>{_text(title)}</h2><p>{_text(text)}</p>{body}</section>"
+def section(title: str, text: str, body: str) -> str:
+    """A part of a page: text is escaped, the body is HTML."""
+    return f"<section><h2>{escaped(title)}</h2><p>{escaped(text)}</p>{body}</section>"
 
 
-def _folded(title: str, body: str) -> str:
-    return f"<details><summary>{_text(title)}</summary>{body}</details>"
+def folded(title: str, body: str) -> str:
+    """HTML behind a line that one clicks on."""
+    return f"<details><summary>{escaped(title)}</summary>{body}</details>"
 
 
-def _table(frame: pd.DataFrame) -> str:
-    kinds = {name: "number" if name in NUMBERS else "text" if name in _TEXTS else "" for name in frame.columns}
-    head = "".join(f"<th class='{kinds[name]}'>{_text(name)}</th>" for name in frame.columns)
+def table(frame: pd.DataFrame, numbers: Collection[str] = NUMBERS) -> str:
+    """A table as HTML, all of its cells escaped; the columns `numbers` stand to the right."""
+    kinds = {name: "number" if name in numbers else "text" if name in _TEXTS else "" for name in frame.columns}
+    head = "".join(f"<th class='{kinds[name]}'>{escaped(name)}</th>" for name in frame.columns)
     rows = []
     for _, row in frame.iterrows():
         cells = [f"<td class='{kinds[name]}'>{_cell(name, row[name])}</td>" for name in frame.columns]
@@ -171,14 +181,16 @@ _TEXTS = ("prompt", "better by label", "worse by label", "reason")
 
 
 def _cell(name: str, value: Any) -> str:
-    return f"<span class='tag {value}'>{value}</span>" if name == "verdict" else _text(value)
+    text = escaped(value)
+    return f"<span class='tag {text}'>{text}</span>" if name == "verdict" else text
 
 
-def _text(value: Any) -> str:
+def escaped(value: Any) -> str:
+    """Anything as text that HTML shows as it is."""
     return html.escape(str(value))
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an <svg> element, its text in the reader's font; dates and random ids would make reports differ."""
     import matplotlib
 

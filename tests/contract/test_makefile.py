@@ -36,7 +36,8 @@ def test_launcher(launch: str, expected: str) -> None:
 def test_another_reward_model_and_its_report() -> None:
     assert dry("reward").strip().endswith('-m pipelines.reward --recipe "tiny" --artifacts "artifacts"')
     assert '--as "reward_b"' in dry("reward", "REWARD=reward_b")
-    assert "-m pipelines.report" in dry("report") and dry("report").strip().endswith('--stage "reward"')
+    assert dry("report").strip().endswith('-m pipelines.report --recipe "tiny" --artifacts "artifacts"')
+    assert dry("report", "RUN=a", "AGAINST=b").split()[-4:] == ["--run", '"a"', "--against", '"b"']
     assert dry("report", "STAGE=reward", "REWARD=reward_b").strip().endswith('--stage "reward" --as "reward_b"')
 
 

@@ -16,10 +16,12 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from rlhf.evaluation import curves
+from tests.run_toys import build_run
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "reward_curves.ipynb"
 REWARD_NOTEBOOK = ROOT / "notebooks" / "reward_model.ipynb"
+COMPARE_NOTEBOOK = ROOT / "notebooks" / "compare_runs.ipynb"
 REWARD_FIGURES = ("accuracy", "calibration", "scores", "edits", "learning")
 FIGURES = ("bargain", "optimiser", "before")  # cells that draw one each; `headline` shows the evaluation's picture
 
@@ -170,9 +172,34 @@ def test_a_run_without_a_reward_report_ends_in_one_line(ci_run, execute, tmp_pat
         execute(tmp_path / "early", path=REWARD_NOTEBOOK)
 
 
+def test_the_notebook_on_two_runs_shows_where_they_differ(ci_run, execute, monkeypatch, tmp_path):
+    other = build_run(tmp_path, "other", kl_coef=0.75)
+    monkeypatch.setenv("RLHF_RUNS", f"{ci_run},{other}")
+    cells = execute(ci_run, path=COMPARE_NOTEBOOK)
+
+    every = [output for cell in cells.values() for output in cell.get("outputs", [])]
+    assert not [output for output in every if "ename" in output or output.get("name") == "stderr"]
+    (picture,) = outputs(cells["curves"], "image/png")
+    assert picture.startswith("iVBORw0KGgo")
+    (settings,) = outputs(cells["recipe"], "text/html")
+    assert "ppo.kl_coef" in settings and "0.05" in settings and "0.75" in settings and "ppo.gamma" not in settings
+    (table,) = outputs(cells["evaluation"], "text/html")
+    assert "win rate over SFT by judge" in table and ">other<" in table
+
+
+def test_curves_of_several_runs_share_their_panels(tmp_path):
+    runs = [curves.load_run(build_run(tmp_path, name)) for name in ("one", "two")]
+    panels = {axes.get_title(): axes for axes in curves.plot_runs(runs).axes}
+    lines = {line.get_label(): list(line.get_ydata()) for line in panels["Reward score"].lines}
+    assert lines["one"] == lines["two"] == [0.5, 1.0, 1.5, 2.0]
+    assert [text.get_text() for text in panels["Reward score"].get_legend().get_texts()] == ["one", "two"]
+    assert len(panels["Reward against KL"].lines) == 2
+    assert not panels["EOS rate"].lines  # these runs did not log it
+
+
 @pytest.mark.parametrize(
     ("path", "drawn"),
-    [(NOTEBOOK, (*FIGURES, "headline")), (REWARD_NOTEBOOK, REWARD_FIGURES)],
+    [(NOTEBOOK, (*FIGURES, "headline")), (REWARD_NOTEBOOK, REWARD_FIGURES), (COMPARE_NOTEBOOK, ("curves",))],
     ids=lambda v: str(v)[-12:],
 )
 def test_the_committed_notebook_has_outputs_and_no_machine_paths(path, drawn):

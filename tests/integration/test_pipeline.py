@@ -88,7 +88,8 @@ def test_the_report_is_redone_without_touching_the_model(ci_run, tmp_path):
     after.verify()
     assert after.hash == before.hash and after.manifest["metrics"] == before.manifest["metrics"]
     assert after.manifest["gate"]["verdict"] == "fail" and "FAIL accuracy" in done.stderr
-    assert sorted(path.name for path in (tmp_path / "ci").iterdir()) == ["reward", "sft"]
+    assert sorted(path.name for path in (tmp_path / "ci").iterdir()) == ["report.html", "reward", "sft"]
+    assert "FAIL accuracy" in (tmp_path / "ci" / "report.html").read_text(encoding="utf-8")
     refused = run_stage("report", tmp_path, "reward.limit=2000", check=False)
     assert refused.returncode == 2 and "limit 3000 -> 2000" in refused.stderr
 

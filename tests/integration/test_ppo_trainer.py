@@ -332,9 +332,14 @@ def test_samples_show_the_same_prompts_each_time(tmp_path):
     assert all(abs(row["kl"]) < 1e-4 for row in fixed if row["step"] == 0)
     for row in rows:
         keys = {"step", "kind", "prompt", "prompt_ids", "response", "response_ids", "score", "kl", "length", "has_eos"}
-        assert set(row) == keys
+        assert set(row) == keys | {"tokens", "token_kl", "token_value", "token_reward"}
+        assert "".join(row["tokens"]) == row["response"] and len(row["tokens"]) == row["length"]
+        assert_close(sum(row["token_kl"]), row["kl"], atol=1e-2)
+        assert_close(sum(row["token_reward"]), row["score"] - 0.05 * row["kl"], atol=1e-2)
+        assert len(row["token_value"]) == row["length"]
         assert len(row["response_ids"]) == row["length"] and (row["response_ids"][-1] == 2) == row["has_eos"]
         assert row["prompt_ids"][0] == 1 and 0 not in row["prompt_ids"]  # BOS, and no padding
+    assert len({value for row in rows for value in row["token_value"]}) > 10
 
 
 # ------------------------------------------------------------------------------------------------------- best step

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.logs import MetricsWriter, append_row, check_trackers, rewind_rows, trainer_callback
+from rlhf.logs import MetricsWriter, append_row, check_trackers, rewind_rows, token_texts, trainer_callback
 
 
 def rows(path) -> list[dict]:
@@ -117,7 +117,7 @@ def test_metrics_writer_writes_file_and_trackers(tmp_path):
 def test_metrics_writer_on_another_rank_writes_nothing(tmp_path):
     writer = MetricsWriter(tmp_path, FakeAccelerator(main=False), total_steps=2, samples=1)
     writer.write({"ppo_step": 1} | ROW)
-    writer.write_samples(1, None, None)
+    writer.write_samples(1, None, None, str)
     writer.rewind(0)
     writer.close()
     assert list(tmp_path.iterdir()) == []
@@ -148,3 +148,20 @@ def test_check_trackers(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"logging\.report_to: trackio .* pip install trackio"):
         check_trackers(["trackio"])
+
+
+def test_token_texts_join_to_the_text_and_keep_characters_whole():
+    pieces = {1: b"a ", 2: "你".encode()[:1], 3: "你".encode()[1:], 4: b"\xff", 5: b"b", 9: b""}
+
+    def decode(ids):
+        return b"".join(pieces[i] for i in ids).decode("utf-8", errors="replace")
+
+    assert token_texts(decode, [1, 2, 3, 5, 9]) == ["a ", "", "你", "b", ""]
+    assert token_texts(decode, [4, 5]) == ["", "\ufffdb"]  # no byte of any character
+    assert token_texts(decode, [1, 2]) == ["a ", "\ufffd"]  # cut in the middle of one
+    assert token_texts(decode, []) == []
+
+
+def test_token_texts_keep_the_spaces_that_tokenizers_drop_at_the_beginning():
+    pieces = {1: " one", 2: " two", 3: "."}
+    assert token_texts(lambda ids: "".join(pieces[i] for i in ids).lstrip(), [1, 2, 3]) == ["one", " two", "."]
