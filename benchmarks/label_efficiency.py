@@ -1,16 +1,17 @@
-"""How many labels a reward model needs when pairs are selected: `python -m benchmarks.label_efficiency --embedder DIR`.
+"""Labels that a reward model needs when pairs are selected: `python -m benchmarks.label_efficiency --embedder DIR`.
 
-Active selection in rounds, as `make label-select` does it, on sets whose labels are known: 0.25 per cent of the labels at
-random, then by each method up to a half, a Bradley-Terry head on frozen features after every round, accuracy on pairs of
-topics or prompts that no label came from. RLHF_DATA names the folder of the sets. `--table` writes the page's tables.
+Active selection in rounds, as `make label-select` does it, on sets whose labels are known: 0.25 per cent of the labels
+at random, then by each method up to a half, a Bradley-Terry head on frozen features after every round, accuracy on
+pairs of topics or prompts that no label came from. RLHF_DATA names the folder of the sets; `--table` writes the page.
 
-`--full MODEL --device cuda` trains whole reward models instead: on all labels, and on 20 per cent at random and selected.
+`--full MODEL --device cuda` trains whole reward models: on all labels, and on 20 per cent at random and selected.
 """
 
 import argparse
 import json
 import math
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,16 @@ def accuracy(margins: np.ndarray) -> float:
     return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
 
 
-def sweep(pairs: np.ndarray, groups: np.ndarray, seeds: int, shares: tuple[float, ...]) -> dict[str, list[list[float]]]:
+def sweep(
+    pairs: np.ndarray, groups: np.ndarray, methods: list[str], seeds: int, shares: tuple[float, ...] = SHARES
+) -> dict[str, list[list[float]]]:
     """Held-out accuracy by method, seed and share."""
-    found: dict[str, list[list[float]]] = {method: [] for method in METHODS}
+    found: dict[str, list[list[float]]] = {method: [] for method in methods}
     for seed in range(seeds):
         test = held_out(groups, seed)
         train, held = pairs[~test], pairs[test]
         whole = accuracy(held @ fit(train))
-        for method in METHODS:
+        for method in methods:
             steps = rounds(train, method, seed, shares[:-1])
             found[method].append([accuracy(held @ fit(train[rows])) for rows in steps] + [whole])
             print(f"  seed {seed} {method}: " + " ".join(f"{value:.3f}" for value in found[method][-1]), flush=True)
@@ -125,8 +128,8 @@ def summary(found: dict[str, list[list[float]]], shares: tuple[float, ...]) -> d
     random = np.array(found["random"])
     goal = shares.index(GOAL_SHARE)
     result = {}
-    for method, rows in found.items():
-        values = np.array(rows)
+    for method in METHODS:
+        values = np.array(found[method])
         kept = (values[:, goal] - 0.5) / (values[:, -1] - 0.5)
         result[method] = {
             "accuracy": [interval(column) for column in values.T],
@@ -263,7 +266,7 @@ def tables(report: dict[str, Any]) -> str:
     columns = [report["shares"].index(share) for share in (0.05, 0.1, 0.2, 0.5, 1.0)]
     lines = []
     for name, kinds in report["sets"].items():
-        for kind, entry in kinds.items():
+        for entry in kinds.values():
             lines += [
                 "",
                 f"**`{name}`, {entry['features']}** ({entry['pairs']} pairs in {entry['groups']} groups)",
@@ -308,6 +311,24 @@ def with_tables(page: str, report: dict[str, Any]) -> str:
     return f"{head}{begin}\n{tables(report)}\n{end}{rest.split(end)[1]}"
 
 
+def measure(args: argparse.Namespace, name: str, entries: dict[str, Any]) -> None:
+    """Sweep one set with each kind of features that is asked for; adds to `entries`."""
+    pairs, groups = load_set(name, args.limit)
+    wanted = {"words": "TF-IDF" if args.words else None, "embedder": args.embedder, "model": args.model}
+    for kind, source in wanted.items():
+        if source is None:
+            continue
+        label = Path(source).name
+        print(f"{name}, {label}: {len(pairs)} pairs, {groups.max() + 1} groups", flush=True)
+        file = args.cache / f"{name}_{label}_{len(pairs)}.npy" if args.cache else None
+        raw = cached(file, partial(features_of, pairs, kind, source, args.device))
+        old = entries.get(label, {"methods": {}})["methods"]
+        found = {method: values["by_seed"] for method, values in old.items() if method not in args.methods}
+        found |= sweep(prepared(raw, longer(pairs)), groups, args.methods, args.seeds)
+        entry = {"features": label, "pairs": len(pairs), "groups": int(groups.max()) + 1, "seeds": args.seeds}
+        entries[label] = entry | {"methods": summary(found, SHARES)}
+
+
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parsed arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -317,6 +338,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder of a causal model, or a recipe whose base it is: features from it")
     parser.add_argument("--cache", type=Path, help="folder where features are kept")
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="others keep the figures they have (all)")
     parser.add_argument("--limit", type=int, help="pairs of each set (all)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -338,19 +360,8 @@ def main(argv: list[str] | None = None) -> None:
         settings = {key: getattr(args, key) for key in ("epochs", "batch", "learning_rate", "max_length", "seeds")}
         report["full"] = {"model": Path(args.full).name, "settings": settings, "sets": full(args)}
     elif not args.table:
-        wanted = {"words": "yes" if args.words else None, "embedder": args.embedder, "model": args.model}
         for name in args.data:
-            pairs, groups = load_set(name, args.limit)
-            for kind, source in wanted.items():
-                if source is None:
-                    continue
-                label = {"words": "TF-IDF"}.get(kind, Path(source).name)
-                print(f"{name}, {label}: {len(pairs)} pairs, {groups.max() + 1} groups", flush=True)
-                file = args.cache / f"{name}_{label}_{len(pairs)}.npy" if args.cache else None
-                raw = cached(file, lambda kind=kind, source=source: features_of(pairs, kind, source, args.device))
-                found = sweep(prepared(raw, longer(pairs)), groups, args.seeds, SHARES)
-                entry = {"features": label, "pairs": len(pairs), "groups": int(groups.max()) + 1, "seeds": args.seeds}
-                report["sets"].setdefault(name, {})[label] = entry | {"methods": summary(found, SHARES)}
+            measure(args, name, report["sets"].setdefault(name, {}))
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.out == RESULTS:
         PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), report), encoding="utf-8")

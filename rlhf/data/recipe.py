@@ -192,7 +192,8 @@ class DataRecipe(_Strict):
     name: str = Field(pattern=r"^[\w.-]+$", description="Name of the recipe: letters, digits, `_`, `-` and `.`.")
     source: Source | None = Field(
         default=None,
-        description="Exactly one of: {package, module, file}, {hub, revision}, {files}, {labels}, {function}; or see `mixture`.",
+        description="Exactly one of: {package, module, file}, {hub, revision}, {files}, {labels}, {function}; "
+        "or see `mixture`.",
     )
     mixture: list[MixtureItem] | None = Field(
         default=None,

@@ -38,7 +38,7 @@ class Choice:
         count: pairs to select.
         method: one of `METHODS`.
         seed: of the selection and of the order in which a pair's responses are shown.
-        features: `words` (TF-IDF), a folder of a sentence-transformers model, or a stage's artifact (`artifacts/tiny/sft`).
+        features: `words` (TF-IDF), a folder of a sentence-transformers model, or of a stage (`artifacts/tiny/sft`).
         rewards: reward artifacts; with one its probabilities count, with several also their disagreement.
         chat: whether prompts go through the chat template, for artifacts (`model.chat` of the run's recipe).
         max_length: tokens that an artifact's model reads; of longer pairs the beginning goes.
@@ -196,11 +196,11 @@ def _origin(choice: Choice) -> dict[str, Any]:
     about: dict[str, Any] = {"recipe": recipe.name, "split": choice.split}
     if recipe.source is None:  # a mixture
         return about | {"source": None, "sha256": None, "rows": {}}
-    rows = {}
+    rows: dict[str, int] = {}
     with Quarantine() as quarantine:
         for number, _, row in numbered_rows(detected(recipe), Counts(quarantine), choice.split):
-            sides = [row.get(side) or row.get(other) for side, other in zip(SIDES, ("chosen", "rejected"), strict=True)]
-            rows.setdefault(pair_id(row["prompt"], *sides), number)
+            names = SIDES if SIDES[0] in row else ("chosen", "rejected")
+            rows.setdefault(pair_id(row["prompt"], *(row[name] for name in names)), number)
     return about | {"source": describe(recipe.source), "sha256": source_hash(recipe.source), "rows": rows}
 
 

@@ -43,7 +43,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Selection:
-    """Rows of the pool in the order of selection, and each one's score when it was picked (what it means: `METHODS`)."""
+    """Rows of the pool in the order of selection, and each one's score when it was picked; its method says of what."""
 
     rows: NDArray[np.int64]
     scores: Array
@@ -160,29 +160,34 @@ def _mix(pool: Pool, count: int, rng: np.random.Generator) -> Selection:
 
 
 def _information(pool: Pool, count: int, rng: np.random.Generator) -> Selection:
-    """Each time the pair that tells most about w; score: nats (D-optimal design; Shen et al. 2025 on reward models).
+    """Each time the pair whose label would make the whole pool's margins surest (Bayesian I-optimal design).
 
-    Greedy on log det A, A = I / variance + sum of p (1 - p) x x^T over labelled and picked pairs: the Laplace
-    approximation of what is known about w. Uncertain pairs in directions that no label covers yet come first.
+    With A = I / variance + sum of p (1 - p) x x^T over labelled and picked pairs, whose inverse is the Laplace
+    approximation of the uncertainty about w, and S the pool's mean of x x^T: the fall of trace(S A^-1), the mean
+    variance of a margin, which is also the score. Unlike log det A (D-optimal) it does not run after outliers.
     """
     weights = fit(pool.labelled)
-    seen = sigmoid(pool.labelled @ weights)
-    p = _probabilities(pool)
+    seen, p = sigmoid(pool.labelled @ weights), _probabilities(pool)
     fisher = (pool.labelled * (seen * (1 - seen))[:, None]).T @ pool.labelled
     inverse = np.linalg.inv(fisher + np.eye(pool.pairs.shape[1]) / PRIOR_VARIANCE)
+    spread = inverse @ (pool.pairs.T @ pool.pairs / len(pool.pairs)) @ inverse
     x = pool.pairs * np.sqrt(p * (1 - p))[:, None]
-    variance = np.einsum("nd,nd->n", x @ inverse, x)  # x A^-1 x; picking x gains log(1 + that) / 2
+    own, gain = (np.einsum("nd,nd->n", x @ matrix, x) for matrix in (inverse, spread))
+    left = np.ones(len(x), dtype=bool)
+    order = rng.random(len(x)) * 1e-12  # breaks ties
     rows, scores = [], []
-    order = rng.random(len(x)) * 1e-12
     for _ in range(count):
-        row = int(np.argmax(variance + order))
+        row = int(np.argmax(np.where(left, gain / (1 + own) + order, -np.inf)))
         rows.append(row)
-        scores.append(0.5 * float(np.log1p(variance[row])))
-        # Sherman-Morrison: A + x x^T.
-        step = inverse @ x[row] / np.sqrt(1 + x[row] @ inverse @ x[row])
-        inverse -= np.outer(step, step)
-        variance -= (x @ step) ** 2
-        variance[row] = -np.inf
+        scores.append(float(gain[row] / (1 + own[row])))
+        left[row] = False
+        # Sherman-Morrison for A + x x^T, and what follows from it for the three other terms.
+        u, v, scale = inverse @ x[row], spread @ x[row], 1 + own[row]
+        xu, xv, c = x @ u, x @ v, x[row] @ v
+        own = own - xu**2 / scale
+        gain = gain - 2 * xu * xv / scale + xu**2 * c / scale**2
+        inverse = inverse - np.outer(u, u) / scale
+        spread = spread - (np.outer(u, v) + np.outer(v, u)) / scale + np.outer(u, u) * c / scale**2
     return Selection(np.array(rows, dtype=np.int64), np.array(scores))
 
 
