@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 from scipy.stats import t as student
 
 from rlhf.data import Renderer, load_data_recipe, load_rows
@@ -90,13 +91,14 @@ def rounds(pairs: np.ndarray, method: str, seed: int, shares: tuple[float, ...])
     """Rows that have a label after each round. `pairs` have the preferred response first; selection never sees that."""
     rng = np.random.default_rng([seed, 2])
     shown = pairs * rng.choice([-1.0, 1.0], size=(len(pairs), 1))
-    picked = rng.permutation(len(pairs))[: round(shares[0] * len(pairs))]
+    picked = rng.permutation(len(pairs))[: max(2, round(shares[0] * len(pairs)))]
     found = [picked]
     for share in shares[1:]:
         rest = np.setdiff1d(np.arange(len(pairs)), picked)
         pool = Pool(shown[rest], pairs[picked])
-        more = select(method, pool, round(share * len(pairs)) - len(picked), seed)
-        picked = np.concatenate([picked, rest[more.rows]])
+        more = round(share * len(pairs)) - len(picked)
+        if more > 0:
+            picked = np.concatenate([picked, rest[select(method, pool, more, seed).rows]])
         found.append(picked)
     return found
 
@@ -128,7 +130,7 @@ def summary(found: dict[str, list[list[float]]], shares: tuple[float, ...]) -> d
     random = np.array(found["random"])
     goal = shares.index(GOAL_SHARE)
     result = {}
-    for method in METHODS:
+    for method in (method for method in METHODS if method in found):
         values = np.array(found[method])
         kept = (values[:, goal] - 0.5) / (values[:, -1] - 0.5)
         result[method] = {
@@ -157,7 +159,7 @@ def saving(values: np.ndarray, random: np.ndarray, shares: tuple[float, ...]) ->
     rng = np.random.default_rng(0)
     found = []
     for draw in [np.arange(len(values)), *rng.integers(len(values), size=(RESAMPLES, len(values)))]:
-        ours, theirs = (monotone(curve[draw].mean(axis=0), shares) for curve in (values, random))
+        ours, theirs = (monotone(curve[draw].mean(axis=0)) for curve in (values, random))
         target = 0.5 + TARGET * (values[draw, -1].mean() - 0.5)
         share = needed(ours, target, shares)
         found.append((share, needed(theirs, target, shares) / share))
@@ -166,15 +168,13 @@ def saving(values: np.ndarray, random: np.ndarray, shares: tuple[float, ...]) ->
     return {name: [round(float(x[i]), 4) for x in (found[0], low, high)] for i, name in enumerate(names)}
 
 
-def monotone(curve: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
+def monotone(curve: np.ndarray) -> np.ndarray:
     """The nearest curve that never falls."""
-    from sklearn.isotonic import IsotonicRegression
-
-    return IsotonicRegression().fit_transform(np.log(shares), curve)
+    return isotonic_regression(curve).x
 
 
 def needed(curve: np.ndarray, target: float, shares: tuple[float, ...]) -> float:
-    """The share of labels at which a rising curve reaches `target`, between its points linear in the log; 1 if never."""
+    """Share of labels at which a rising curve reaches `target` (between its points linear in the log); 1 if never."""
     at = int(np.argmax(curve >= target - 1e-9))
     if curve[at] < target - 1e-9:
         return 1.0
@@ -322,11 +322,12 @@ def measure(args: argparse.Namespace, name: str, entries: dict[str, Any]) -> Non
         print(f"{name}, {label}: {len(pairs)} pairs, {groups.max() + 1} groups", flush=True)
         file = args.cache / f"{name}_{label}_{len(pairs)}.npy" if args.cache else None
         raw = cached(file, partial(features_of, pairs, kind, source, args.device))
-        old = entries.get(label, {"methods": {}})["methods"]
+        title = label if args.seeds == SEEDS else f"{label}, {args.seeds} seeds"
+        old = entries.get(title, {"methods": {}})["methods"]
         found = {method: values["by_seed"] for method, values in old.items() if method not in args.methods}
         found |= sweep(prepared(raw, longer(pairs)), groups, args.methods, args.seeds)
-        entry = {"features": label, "pairs": len(pairs), "groups": int(groups.max()) + 1, "seeds": args.seeds}
-        entries[label] = entry | {"methods": summary(found, SHARES)}
+        entry = {"features": title, "pairs": len(pairs), "groups": int(groups.max()) + 1, "seeds": args.seeds}
+        entries[title] = entry | {"methods": summary(found, SHARES)}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -344,7 +345,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help=f"only write the tables of {PAGE.name}")
     parser.add_argument("--full", metavar="MODEL", help="train whole reward models from this folder, or recipe's base")
-    parser.add_argument("--method", default="information", choices=list(METHODS), help="of --full")
+    parser.add_argument("--method", default="mix", choices=list(METHODS), help="of --full")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16, help="pairs")
     parser.add_argument("--learning-rate", type=float, default=1e-5)

@@ -111,6 +111,10 @@ def _check(choice: Choice) -> None:
         )
     if choice.count < 1:
         raise UserError(f"--count {choice.count}: must be at least 1")
+    if choice.features != WORDS and not Path(choice.features).is_dir():
+        raise UserError(
+            f"--features {choice.features!r}: no stage of the run and no folder; known without one: {WORDS}"
+        )
     if choice.method == "disagreement" and len(choice.rewards) == 1:
         raise UserError("--reward: one model cannot disagree with itself: name two or more, or none (heads on labels)")
 

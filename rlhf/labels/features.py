@@ -31,8 +31,7 @@ def word_differences(pairs: Sequence[Pair]) -> Array:
 
     texts, a, b = _unique([pair[SIDES[0]] for pair in pairs], [pair[SIDES[1]] for pair in pairs])
     vectors = text_features(texts).fit_transform(texts)
-    count = min(DIMENSIONS, min(vectors.shape) - 1)
-    reduced = TruncatedSVD(count, random_state=0).fit_transform(vectors) if count > 0 else vectors.toarray()
+    reduced = TruncatedSVD(min(DIMENSIONS, *vectors.shape), random_state=0).fit_transform(vectors)
     return reduced[a] - reduced[b]
 
 
