@@ -276,8 +276,9 @@ def tables(report: dict[str, Any]) -> str:
             ]
             for method, values in entry["methods"].items():
                 cells = [_points(values["accuracy"][column]) for column in columns]
-                cells += [_percent(values["kept_at_goal"]), _points(values["gain_at_goal"], sign="+")]
-                cells.append("{:.2f}x [{:.2f}, {:.2f}]".format(*values["fewer_labels"]))
+                cells.append(_percent(values["kept_at_goal"]))
+                fewer = "{:.2f}x [{:.2f}, {:.2f}]".format(*values["fewer_labels"])
+                cells += ["-", "-"] if method == "random" else [_points(values["gain_at_goal"], sign="+"), fewer]
                 lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, *_full_table(report.get("full"))]).strip()
 
