@@ -1,16 +1,20 @@
 """The files of labelling, the majority, and labels as a data source."""
 
 import json
+import math
 
 import pytest
+import torch
 import yaml
 
 from pipelines.label import main as label
 from pipelines.label_select import main as label_select
-from rlhf.data import load_data_recipe, load_rows
+from rlhf.artifacts import sha256_json
+from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.errors import UserError
 from rlhf.labels.records import append, decided, pair_id, preferences, read_labels, read_rows, verdict
-from tests.builders import write_rows
+from rlhf.models import load_model, load_tokenizer
+from tests.builders import build_reward_artifact, build_sft_artifact, write_rows
 
 
 def vote(pair, annotator, label, time="2026-01-01T00:00:00.000+00:00"):
@@ -157,6 +161,30 @@ def test_mistakes_of_select(tmp_path, capsys, options, says):
     error = capsys.readouterr().err
     assert says in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "labels").exists()
+
+
+def test_models_of_a_run_are_asked(tmp_path):
+    sft = build_sft_artifact(tmp_path / "a", "tiny")
+    reward = build_reward_artifact(tmp_path / "a", "tiny", sft=sft)
+    data = recipe(tmp_path, "mine", source={"files": str(write_rows(tmp_path / "p.jsonl", PAIRS))})
+    command = ["--data", str(data), "--artifacts", str(tmp_path / "a"), "--method", "uncertainty", "--count", "20"]
+    assert label_select([*command, "--features", "sft", "--reward", "reward", "--max-length", "48"]) == 0
+    found = read_rows(tmp_path / "a" / "labels" / "mine" / "selected.jsonl")
+    assert found[0]["model"]["features"] == str(tmp_path / "a" / "tiny" / "sft")
+    assert found[0]["model"]["hash"] == sha256_json({"features": sft.hash, "reward": reward.hash})
+    # The score is the entropy of sigmoid(score(a) - score(b)) of the reward model itself, highest first.
+    tokenizer = load_tokenizer(reward.model_dir)
+    model, renderer = load_model(reward.model_dir, "score").eval(), Renderer(tokenizer, False)
+
+    def score(row, side):
+        ids = renderer.prompt_ids(row["prompt"]) + renderer.response_ids(row["prompt"], row[side])
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits.item()
+
+    p = [1 / (1 + math.exp(score(row, "response_b") - score(row, "response_a"))) for row in found]
+    expected = [-(q * math.log(q) + (1 - q) * math.log(1 - q)) for q in p]
+    assert [row["why"]["score"] for row in found] == pytest.approx(expected, abs=2e-6)
+    assert expected == sorted(expected, reverse=True)
 
 
 def test_unlabelled_pairs_are_no_training_data(tmp_path):

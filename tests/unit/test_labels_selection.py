@@ -117,7 +117,7 @@ def test_information_is_the_greedy_fall_of_the_pools_variance():
 def test_fit_is_penalised_logistic_regression():
     from sklearn.linear_model import LogisticRegression
 
-    labelled = np.random.default_rng(1).normal(size=(50, 3)) + [0.5, 0, 0]
+    labelled = np.random.default_rng(1).normal(size=(50, 3)) + np.array([0.5, 0, 0])
     both = np.concatenate([labelled, -labelled])
     other = LogisticRegression(C=2.0 / 2, fit_intercept=False, tol=1e-10, max_iter=1000)
     other.fit(both, [1] * 50 + [0] * 50)
