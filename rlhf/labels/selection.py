@@ -154,7 +154,9 @@ def _mix(pool: Pool, count: int, rng: np.random.Generator) -> Selection:
     from sklearn.cluster import kmeans_plusplus
 
     p = _probabilities(pool)
-    gradients = (p - (p > 0.5))[:, None] * pool.pairs
+    # Which side the model guesses; where it has no idea (no labels yet), the longer one, so that A or B is no matter.
+    guess = np.where(p == 0.5, pool.pairs[:, -1] > 0, p > 0.5)
+    gradients = (p - guess)[:, None] * pool.pairs
     _, rows = kmeans_plusplus(gradients, count, random_state=int(rng.integers(2**31)))
     return Selection(rows.astype(np.int64), np.linalg.norm(gradients[rows], axis=1))
 

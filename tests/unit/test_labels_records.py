@@ -9,6 +9,7 @@ import yaml
 
 from pipelines.label import main as label
 from pipelines.label_select import main as label_select
+from pipelines.status import status
 from rlhf.artifacts import sha256_json
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.errors import UserError
@@ -204,3 +205,9 @@ def test_label_command(tmp_path, capsys):
     labels = write_rows(tmp_path / "labels.jsonl", rows)
     assert label(["--pairs", str(tmp_path / "s.jsonl"), "--labels", str(labels), "--agreement"]) == 0
     assert json.loads(labels.read_text().splitlines()[0])["label"] == "a"
+
+
+def test_status_does_not_take_labels_for_a_run(tmp_path):
+    (tmp_path / "labels" / "mine").mkdir(parents=True)
+    (tmp_path / "tiny" / "sft.partial").mkdir(parents=True)
+    assert status(tmp_path) == ["tiny/sft.partial interrupted: run the stage again to continue"]
