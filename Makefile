@@ -18,6 +18,7 @@ TOKENIZER ?=
 REWARD ?=
 AGAINST ?=
 STAGE ?=
+DATA ?=
 PYTHON ?= python3
 CONSTRAINTS ?= $(or $(SETUP_CONSTRAINTS),constraints.txt)
 DEFAULT_EXTRAS := tiny,dev,data
@@ -37,7 +38,7 @@ RUN_DIR = $(abspath $(ARTIFACTS))/$(or $(RUN),$(basename $(notdir $(RECIPE))))
 OTHER = $(if $(REWARD),--as "$(REWARD)")
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 
-.PHONY: help setup data pretrain sft reward ppo evaluate report status notebook test test-slow test-gpu optimum mutation audit check format bench-env bench clean
+.PHONY: help setup data label-select label pretrain sft reward ppo evaluate report status notebook test test-slow test-gpu optimum mutation audit check format bench-env bench clean
 
 help: ## list the targets
 	@echo 'make sft reward ppo    runs the default recipe end to end. Variables:'
@@ -67,6 +68,13 @@ pretrain: $(STAMP) ## make the base model, where the recipe asks for it
 
 data: $(STAMP) ## clean one data recipe (RECIPE=hh_rlhf or a path) into ARTIFACTS/data/NAME, with manifest, card and bad rows
 	@$(PY) -m pipelines.data --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(FORCE),--force) $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
+
+label-select: $(STAMP) ## choose N pairs of DATA=recipe for annotators: METHOD=mix FEATURES=words|folder|sft REWARD="reward reward_b"
+	@$(PY) -m pipelines.label_select --data "$(DATA)" $(if $(N),--count "$(N)") $(if $(METHOD),--method "$(METHOD)") $(if $(FEATURES),--features "$(FEATURES)") \
+	  $(if $(REWARD),--reward $(REWARD)) --recipe "$(RECIPE)" $(if $(RUN),--run "$(RUN)") --artifacts "$(ARTIFACTS)"
+
+label: $(STAMP) ## the labelling page for the pairs of DATA=recipe, on this machine alone: PORT=8765
+	@$(PY) -m pipelines.label --data "$(DATA)" --artifacts "$(ARTIFACTS)" $(if $(PORT),--port "$(PORT)")
 
 sft: $(STAMP) ## supervised fine-tuning (pretrain first, where the recipe asks for it)
 	@$(call UNFORCED,pretrain)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
+from rlhf.labels.records import LABELS
 
 ORDER = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
@@ -13,7 +14,7 @@ ORDER = ("pretrain", "sft", "reward", "ppo", "evaluate")
 def status(root: Path) -> list[str]:
     """One line per stage: complete, stale, interrupted or damaged, with its time and headline."""
     lines = []
-    for run in sorted(path for path in root.iterdir() if path.is_dir()):
+    for run in sorted(path for path in root.iterdir() if path.is_dir() and path.name != LABELS):
         stages = sorted((path for path in run.iterdir() if path.is_dir()), key=_order)
         lines += [f"{run.name}/{stage.name:10} {describe(stage)}" for stage in stages]
     return lines

@@ -91,15 +91,17 @@ class Page:
             self.events.append((message["method"], message["params"]))
         return message
 
-    def open(self, path: Path) -> None:
-        """Load a local file and wait until it has loaded."""
-        self.call("Page.navigate", url=path.as_uri())
+    def open(self, place: Path | str) -> None:
+        """Load a local file or an address and wait until it has loaded."""
+        self.events.clear()
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         while not any(method == "Page.loadEventFired" for method, _ in self.events):
             self._receive()
 
     def run(self, script: str) -> Any:
-        """Value of a JavaScript expression."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, userGesture=True)
+        """Value of a JavaScript expression; a promise is waited for."""
+        options = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
+        answer = self.call("Runtime.evaluate", expression=script, **options)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -111,6 +113,21 @@ class Page:
         else:
             for kind in ("keyDown", "keyUp"):
                 self.call("Input.dispatchKeyEvent", type=kind, key="Delete", code="Delete", windowsVirtualKeyCode=46)
+
+    def press(self, key: str) -> None:
+        """One key, as from the keyboard: a letter, or Enter."""
+        text = "\r" if key == "Enter" else key
+        code = 13 if key == "Enter" else ord(key.upper())
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=code)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def wait(self, condition: str) -> None:
+        """Until a JavaScript expression is true."""
+        end = time.monotonic() + PATIENCE
+        while not self.run(condition):
+            said = self.run("document.body.innerText")
+            assert time.monotonic() < end, f"never true: {condition}; the page says {said!r}"
+            time.sleep(0.02)
 
     def click(self, selector: str, kind: str = "click") -> None:
         """A click (or kind="move": the pointer only) on the middle of an element."""

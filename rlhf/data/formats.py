@@ -10,6 +10,7 @@ Canonical rows, by kind:
     thumbs      {"prompt": Prompt, "completion": str, "label": bool}
     scored      {"prompt": Prompt, "responses": [str], "scores": [float]}, at least two
     preference  {"prompt": Prompt, "chosen": str, "rejected": str}
+    pairs       {"prompt": Prompt, "response_a": str, "response_b": str}: nobody has said which is better
     prompts     {"prompt": Prompt, ...}: the other columns of the source are kept, for reward functions
 thumbs and scored are native only: stages ask for the others.
 A Prompt is a str (plain text) or a list of {"role", "content"} messages with the roles system, user, assistant, tool.
@@ -37,6 +38,7 @@ KIND_COLUMNS: dict[str, tuple[str, ...] | None] = {
     "rated": ("text", "label"),
     "sft": ("prompt", "completion"),
     "preference": ("prompt", "chosen", "rejected"),
+    "pairs": ("prompt", "response_a", "response_b"),
     "prompts": None,  # all
 }
 
@@ -289,6 +291,14 @@ def _preference(row: Row, options: FormatOptions) -> Row:
     return _pair(_prompt(_string(row, "prompt"), options), *answers)
 
 
+def _pairs(row: Row, options: FormatOptions) -> Row:
+    """Two responses to one prompt without a label: what `make label-select` chooses from."""
+    pair = _preference(
+        {"prompt": row.get("prompt"), "chosen": row["response_a"], "rejected": row["response_b"]}, options
+    )
+    return {"prompt": pair["prompt"], "response_a": pair["chosen"], "response_b": pair["rejected"]}
+
+
 def _sharegpt_preference(row: Row, options: FormatOptions) -> Row:
     before = _messages(row, "conversations", "from", "value")
     answers = []
@@ -382,6 +392,8 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format("sft", ("conversations",), _sharegpt, _SFT, ("system",)),
     # prompt, chosen, rejected: strings or messages; the prompt may be implicit where the answers are conversations.
     "preference": Format("preference", ("chosen", "rejected"), _preference, _PAIR, ("prompt",)),
+    # Two responses to a prompt, not labelled: `make label-select`.
+    "pairs": Format("pairs", ("prompt", "response_a", "response_b"), _pairs, ("response_a", "response_b")),
     # ShareGPT conversation, and two answers as {"from", "value"}.
     "sharegpt_preference": Format(
         "preference", ("conversations", "chosen", "rejected"), _sharegpt_preference, _PAIR, ("system",)
@@ -550,6 +562,12 @@ def _scored_pairs(rows: list[Row], options: FormatOptions, seed: int, dropped: C
     return pairs
 
 
+def _unlabelled(rows: list[Row], options: FormatOptions, seed: int, dropped: Counter[str]) -> list[Row]:
+    """Pairs whose label is not looked at; the other columns are kept."""
+    sides = {"chosen": "response_a", "rejected": "response_b"}
+    return [{sides.get(column, column): value for column, value in row.items()} for row in rows]
+
+
 Derivation = Callable[[list[Row], FormatOptions, int, "Counter[str]"], list[Row]]
 DERIVE: dict[tuple[str, str], Derivation] = {
     ("text", "text"): _same,
@@ -563,6 +581,9 @@ DERIVE: dict[tuple[str, str], Derivation] = {
     ("preference", "preference"): _same,
     ("preference", "sft"): _chosen_as_completion,
     ("preference", "prompts"): _same,
+    ("preference", "pairs"): _unlabelled,
+    ("pairs", "pairs"): _same,
+    ("pairs", "prompts"): _same,
     ("prompts", "prompts"): _same,
     ("thumbs", "sft"): _liked,
     ("thumbs", "preference"): _thumb_pairs,
@@ -573,7 +594,7 @@ DERIVE: dict[tuple[str, str], Derivation] = {
 }
 # Derivations that need all rows at once; the others take them one by one.
 POOLED = {("rated", "preference"), ("thumbs", "preference")}
-WITH_PROMPT = ("sft", "preference", "prompts", "thumbs", "scored")  # native kinds whose rows have a prompt
+WITH_PROMPT = ("sft", "preference", "pairs", "prompts", "thumbs", "scored")  # native kinds whose rows have a prompt
 
 
 def check_derivation(native: str, kind: str) -> None:
@@ -584,7 +605,8 @@ def check_derivation(native: str, kind: str) -> None:
     """
     if (native, kind) not in DERIVE:
         possible = [to for start, to in DERIVE if start == native]
-        raise UserError(f"kind {kind!r} cannot be made of {native} rows; possible: {', '.join(possible)}")
+        label = "; `make label-select` and docs/label_efficiency.md say how to label them" if native == "pairs" else ""
+        raise UserError(f"kind {kind!r} cannot be made of {native} rows; possible: {', '.join(possible)}{label}")
 
 
 def detect_format(rows: list[Row]) -> tuple[str, str]:
@@ -635,6 +657,7 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("sharegpt_preference", ("conversations", "chosen", "rejected")),
     ("hh", ("chosen", "rejected")),
     ("preference", ("chosen", "rejected")),
+    ("pairs", ("prompt", "response_a", "response_b")),
     ("scored", ("prompt", "responses")),
     ("kto", ("prompt", "completion", "label")),
     ("messages", ("messages",)),

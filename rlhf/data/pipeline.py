@@ -106,6 +106,12 @@ def native_rows(recipe: DataRecipe, counts: Counts, only: str | None = None) -> 
     Yields:
         (split name, native row of the recipe's format).
     """
+    for _, split, row in numbered_rows(recipe, counts, only):
+        yield split, row
+
+
+def numbered_rows(recipe: DataRecipe, counts: Counts, only: str | None = None) -> Iterator[tuple[int, str, Row]]:
+    """`native_rows`, each with its number in the source, from 1."""
     side = split_sides(recipe.split, _group_sizes(recipe) if needs_sizes(recipe.split) else {})
     options, form = options_of(recipe), FORMATS[named(recipe)]
     steps = [name for name, wanted in recipe.normalize.model_dump().items() if wanted]
@@ -125,7 +131,7 @@ def native_rows(recipe: DataRecipe, counts: Counts, only: str | None = None) -> 
             counts.drop(failed, row)
             continue
         counts.kept[split] += 1
-        yield split, native
+        yield number, split, native
 
 
 def _converted(row: Row, recipe: DataRecipe, options: FormatOptions, counts: Counts, where: str) -> Row | None:

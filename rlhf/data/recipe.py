@@ -22,6 +22,7 @@ FormatName = Literal[
     "messages",
     "sharegpt",
     "preference",
+    "pairs",
     "sharegpt_preference",
     "hh",
     "kto",
@@ -64,6 +65,19 @@ class FilesSource(_Strict):
     )
 
 
+class LabelsSource(_Strict):
+    """Labels from `make label`: the majority of each pair's annotators, as rows of the format `preference`."""
+
+    labels: str | list[str] = Field(
+        min_length=1,
+        description="labels.jsonl: path or glob, or a list of them; relative to where you run. ${NAME} as in `files`.",
+    )
+    ties: Literal["drop", "both"] = Field(
+        default="drop", description="Ties go, or stay as the pair in both orders: neither is better."
+    )
+    min_annotators: int = Field(default=1, ge=1, description="Pairs with fewer votes are left out.")
+
+
 class FunctionSource(_Strict):
     """A Python callable that returns the rows."""
 
@@ -72,7 +86,13 @@ class FunctionSource(_Strict):
     )
 
 
-_SOURCES = {"package": PackageSource, "hub": HubSource, "files": FilesSource, "function": FunctionSource}
+_SOURCES = {
+    "package": PackageSource,
+    "hub": HubSource,
+    "files": FilesSource,
+    "labels": LabelsSource,
+    "function": FunctionSource,
+}
 
 
 def _source_tag(value: Any) -> str | None:
@@ -87,11 +107,12 @@ Source = Annotated[
     Annotated[PackageSource, Tag("PackageSource")]
     | Annotated[HubSource, Tag("HubSource")]
     | Annotated[FilesSource, Tag("FilesSource")]
+    | Annotated[LabelsSource, Tag("LabelsSource")]
     | Annotated[FunctionSource, Tag("FunctionSource")],
     Discriminator(
         _source_tag,
         custom_error_type="source",
-        custom_error_message="must hold exactly one of the keys package, hub, files, function",
+        custom_error_message="must hold exactly one of the keys package, hub, files, labels, function",
     ),
 ]
 
@@ -171,7 +192,8 @@ class DataRecipe(_Strict):
     name: str = Field(pattern=r"^[\w.-]+$", description="Name of the recipe: letters, digits, `_`, `-` and `.`.")
     source: Source | None = Field(
         default=None,
-        description="Exactly one of: {package, module, file}, {hub, revision}, {files}, {function}; or see `mixture`.",
+        description="Exactly one of: {package, module, file}, {hub, revision}, {files}, {labels}, {function}; "
+        "or see `mixture`.",
     )
     mixture: list[MixtureItem] | None = Field(
         default=None,
@@ -290,6 +312,8 @@ class DataRecipe(_Strict):
     def _check_origin(self) -> None:
         if (self.source is None) == (self.mixture is None):
             raise ValueError("give exactly one of source and mixture")
+        if isinstance(self.source, LabelsSource) and self.source.ties == "both" and self.clean:
+            raise ValueError("source.ties: both gives pairs in both orders, which cleaning drops; write `clean: []`")
         if self.mixture is None:
             if self.max_synthetic is not None:
                 raise ValueError("max_synthetic has a meaning for a mixture alone; remove it")

@@ -19,16 +19,17 @@ from typing import IO, Any
 
 from rlhf.artifacts import inside
 from rlhf.data.quarantine import Quarantine
-from rlhf.data.recipe import FilesSource, FunctionSource, HubSource, PackageSource
+from rlhf.data.recipe import FilesSource, FunctionSource, HubSource, LabelsSource, PackageSource
 from rlhf.errors import UserError
 from rlhf.functions import load_function
+from rlhf.labels.records import preferences, read_labels
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Stream = IO[bytes]
 Decoder = tuple[json.JSONDecoder, list[str]]
-AnySource = PackageSource | HubSource | FilesSource | FunctionSource
+AnySource = PackageSource | HubSource | FilesSource | LabelsSource | FunctionSource
 
 MAX_ROW_BYTES = 8 * 2**20  # of one line; a text of 8 MiB has more tokens than any model reads
 PARQUET_ROWS = 1000  # in memory at once
@@ -47,7 +48,7 @@ def iter_rows(source: AnySource, quarantine: Quarantine) -> Iterator[Row]:
     function returns are in memory as a whole.
 
     Args:
-        source: one of the four source models.
+        source: one of the source models.
         quarantine: gets the rows that cannot be read, and counts all.
 
     Yields:
@@ -61,6 +62,9 @@ def iter_rows(source: AnySource, quarantine: Quarantine) -> Iterator[Row]:
         rows = _iter_hub(source)
     elif isinstance(source, FunctionSource):
         rows = iter(_call_function(source))
+    elif isinstance(source, LabelsSource):
+        labels = [row for path in source_files(source) for row in read_labels(path)]
+        rows = preferences(labels, source.ties, source.min_annotators)
     else:
         rows = (row for path in source_files(source) for row in iter_file(path, quarantine))
     for row in rows:
@@ -90,21 +94,24 @@ def describe(source: AnySource) -> str:
         return f"{source.package}:{source.file}"
     if isinstance(source, HubSource):
         return f"{source.hub}@{source.revision}[{source.split}]"
+    if isinstance(source, LabelsSource):
+        return str(source.labels)
     return str(source.function if isinstance(source, FunctionSource) else source.files)
 
 
-def source_files(source: PackageSource | FilesSource) -> list[Path]:
+def source_files(source: PackageSource | FilesSource | LabelsSource) -> list[Path]:
     """The local files of a source, globs expanded, in sorted order per pattern."""
     if isinstance(source, PackageSource):
         return [_package_file(source)]
-    patterns = [source.files] if isinstance(source.files, str) else source.files
+    where, given = ("labels", source.labels) if isinstance(source, LabelsSource) else ("files", source.files)
+    patterns = [given] if isinstance(given, str) else given
     paths: list[Path] = []
     for pattern in patterns:
-        pattern = expanded(pattern, "source.files")
+        pattern = expanded(pattern, f"source.{where}")
         found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
         files = [Path(name) for name in found if Path(name).is_file()]
         if not files:
-            raise UserError(f"source.files: {pattern!r} matches no file (from {Path.cwd()}); check the path")
+            raise UserError(f"source.{where}: {pattern!r} matches no file (from {Path.cwd()}); check the path")
         paths += files
     return paths
 

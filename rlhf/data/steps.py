@@ -27,7 +27,7 @@ from rlhf.data.sources import expanded, file_hash
 from rlhf.errors import UserError
 
 # What of a native row is text to train on; other columns reach reward functions as they are.
-TEXT_COLUMNS = ["text", "prompt", "completion", "chosen", "rejected", "responses", "turns"]
+TEXT_COLUMNS = ["text", "prompt", "completion", "chosen", "rejected", "response_a", "response_b", "responses", "turns"]
 
 # Needs no model and suits every language. Not trimmed: the completion of a plain prompt begins with its space. Pairs
 # are looked at before duplicates go, which would hide contradictions. `repetition` reads answers alone, of pairs the

@@ -85,7 +85,7 @@ def tfidf_baseline(train_pairs: Sequence[Pair], test_pairs: Sequence[Pair]) -> B
     _check(test_pairs, "test_pairs")
     train_pairs = _subsample(train_pairs)
     chosen, rejected = [p["chosen"] for p in train_pairs], [p["rejected"] for p in train_pairs]
-    features = _features(chosen + rejected)
+    features = text_features(chosen + rejected)
     try:
         features.fit(chosen + rejected)
     except ValueError as error:  # scikit-learn's answer to an empty vocabulary
@@ -102,7 +102,8 @@ def tfidf_baseline(train_pairs: Sequence[Pair], test_pairs: Sequence[Pair]) -> B
     return _report("tfidf", chosen_scores - rejected_scores, f"{len(weights)} n-gram weights")
 
 
-def _features(texts: Sequence[str]) -> FeatureUnion:
+def text_features(texts: Sequence[str]) -> FeatureUnion:
+    """TF-IDF of words and pairs of words; of mostly Chinese or Japanese texts also of 1 to 3 characters. Not fitted."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import FeatureUnion
 

@@ -41,6 +41,14 @@ def test_another_reward_model_and_its_report() -> None:
     assert dry("report", "STAGE=reward", "REWARD=reward_b").strip().endswith('--stage "reward" --as "reward_b"')
 
 
+def test_labels() -> None:
+    chosen = dry("label-select", "DATA=mine.yaml", "N=50", "METHOD=mix", "FEATURES=sft", "REWARD=reward reward_b")
+    assert '--data "mine.yaml" --count "50" --method "mix" --features "sft"' in chosen
+    assert '--reward reward reward_b --recipe "tiny"' in chosen
+    assert dry("label", "DATA=mine.yaml").strip().endswith('--data "mine.yaml" --artifacts "artifacts"')
+    assert '--port "0"' in dry("label", "DATA=mine.yaml", "PORT=0")
+
+
 def test_audit_covers_every_pinned_package_and_fails_where_it_cannot_ask() -> None:
     planned = dry("audit", "CONSTRAINTS=gpu.txt", "-o", "gpu.txt")
     assert '-c gpu.txt -e ".[audit]"' in planned

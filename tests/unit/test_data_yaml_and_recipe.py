@@ -112,7 +112,10 @@ def test_unreadable_files_are_user_errors(tmp_path):
         ({"fromat": "text"}, ["fromat: unknown key", "did you mean 'format'"]),
         ({"split": {"fraction": {"train": 1.0}}}, ["split.fraction: unknown key", "did you mean 'fractions'"]),
         ({"source": {"files": "a", "zzz": 1}}, ["source.zzz: unknown key; known keys: files"]),
-        ({"source": {"files": "a", "hub": "b"}}, ["source:", "exactly one of the keys package, hub, files, function"]),
+        (
+            {"source": {"files": "a", "hub": "b"}},
+            ["source:", "exactly one of the keys package, hub, files, labels, function"],
+        ),
         ({"source": {}}, ["source:", "exactly one of the keys"]),
         ({"source": {"hub": "org/name"}}, ["source.revision: required, but missing"]),
         ({"source": {"function": "no_colon"}}, ["source.function: 'no_colon' is not allowed; "]),

@@ -56,9 +56,9 @@ def test_chinese_gets_character_trigrams():
     """Words are not delimited in Chinese; runs of characters stand in for them."""
     from rlhf.reward import baselines
 
-    assert [name for name, _ in baselines._features(["电影很好看"]).transformer_list] == ["words", "characters"]
-    assert [name for name, _ in baselines._features(["a good film"]).transformer_list] == ["words"]
-    assert "影很好" in baselines._features(["电影很好看"]).fit(["电影很好看"]).transformer_list[1][1].vocabulary_
+    assert [name for name, _ in baselines.text_features(["电影很好看"]).transformer_list] == ["words", "characters"]
+    assert [name for name, _ in baselines.text_features(["a good film"]).transformer_list] == ["words"]
+    assert "影很好" in baselines.text_features(["电影很好看"]).fit(["电影很好看"]).transformer_list[1][1].vocabulary_
 
 
 def test_swapping_test_pairs_mirrors_the_accuracy():

@@ -1,0 +1,373 @@
+"""Labels that a reward model needs when pairs are selected: `python -m benchmarks.label_efficiency --embedder DIR`.
+
+Active selection in rounds, as `make label-select` does it, on sets whose labels are known: 0.25 per cent of the labels
+at random, then by each method up to a half, a Bradley-Terry head on frozen features after every round, accuracy on
+pairs of topics or prompts that no label came from. RLHF_DATA names the folder of the sets; `--table` writes the page.
+
+`--full MODEL --device cuda` trains whole reward models: on all labels, and on 20 per cent at random and selected.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+from scipy.stats import t as student
+
+from rlhf.data import Renderer, load_data_recipe, load_rows
+from rlhf.data.cleaning.semantic import load_embedder
+from rlhf.data.recipe import SplitSpec
+from rlhf.labels.features import embedding_differences, longer, pair_ids, state_differences, word_differences
+from rlhf.labels.selection import METHODS, Pool, fit, prepared, select
+
+SETS = ("ukp_convarg1_dev", "rmb_harmless_dev")
+SHARES = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+SEEDS = 5
+TEST_SHARE = 0.25  # of the topics or prompts
+GOAL_SHARE = 0.2
+TARGET = 0.95  # of the full-data accuracy above chance: how many labels until there?
+MAX_LENGTH = 256  # tokens of prompt and response that a model's features see
+RESAMPLES = 2000
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results" / "label_efficiency.json"
+PAGE = ROOT.parent / "docs" / "label_efficiency.md"
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+def load_set(name: str, limit: int | None = None) -> tuple[list[dict], np.ndarray]:
+    """All pairs of a set, `response_a` the preferred one, and each pair's group: its topic, or its prompt."""
+    recipe = load_data_recipe(name)
+    whole = recipe.model_copy(update={"clean": [], "split": SplitSpec(fractions={"all": 1.0})})
+    pairs = load_rows(whole, "all", "pairs", limit=limit)
+    prompts = [pair["prompt"] if isinstance(pair["prompt"], str) else json.dumps(pair["prompt"]) for pair in pairs]
+    return pairs, np.unique([prompt.split(" Stance:")[0] for prompt in prompts], return_inverse=True)[1]
+
+
+def features_of(pairs: list[dict], kind: str, source: str | None, device: str) -> np.ndarray:
+    """[N,D] feature differences of the pairs."""
+    if kind == "words":
+        return word_differences(pairs)
+    if kind == "embedder":
+        return embedding_differences(pairs, load_embedder(source, device=device))
+    tokenizer, model = load_causal(source)
+    return state_differences(pairs, model.to(device), Renderer(tokenizer, False), MAX_LENGTH)
+
+
+def load_causal(source: str) -> tuple[Any, Any]:
+    """Tokenizer and model of a folder, or the base of a recipe (`smollm2`)."""
+    from rlhf.models import load_base_model, load_base_tokenizer, load_model, load_tokenizer
+    from rlhf.recipe import load_recipe
+
+    if Path(source).is_dir():
+        return load_tokenizer(source), load_model(source)
+    section = load_recipe(source).model
+    tokenizer = load_base_tokenizer(section)
+    return tokenizer, load_base_model(section, tokenizer)
+
+
+def cached(path: Path | None, compute: Any) -> np.ndarray:
+    """What `compute` gives, from `path` where it is there."""
+    if path is None:
+        return compute()
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, compute().astype(np.float32))
+    return np.load(path).astype(np.float64)
+
+
+def held_out(groups: np.ndarray, seed: int) -> np.ndarray:
+    """[N] bool: the pairs of a quarter of the groups."""
+    order = np.random.default_rng([seed, 1]).permutation(groups.max() + 1)
+    return np.isin(groups, order[: math.ceil(TEST_SHARE * len(order))])
+
+
+# ---------------------------------------------------------------------------------------------------------- the rounds
+def rounds(pairs: np.ndarray, method: str, seed: int, shares: tuple[float, ...]) -> list[np.ndarray]:
+    """Rows that have a label after each round. `pairs` have the preferred response first; selection never sees that."""
+    rng = np.random.default_rng([seed, 2])
+    shown = pairs * rng.choice([-1.0, 1.0], size=(len(pairs), 1))
+    picked = rng.permutation(len(pairs))[: max(2, round(shares[0] * len(pairs)))]
+    found = [picked]
+    for share in shares[1:]:
+        rest = np.setdiff1d(np.arange(len(pairs)), picked)
+        pool = Pool(shown[rest], pairs[picked])
+        more = round(share * len(pairs)) - len(picked)
+        if more > 0:
+            picked = np.concatenate([picked, rest[select(method, pool, more, seed).rows]])
+        found.append(picked)
+    return found
+
+
+def accuracy(margins: np.ndarray) -> float:
+    """Share of positive margins; ties count one half."""
+    return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
+
+
+def sweep(
+    pairs: np.ndarray, groups: np.ndarray, methods: list[str], seeds: int, shares: tuple[float, ...] = SHARES
+) -> dict[str, list[list[float]]]:
+    """Held-out accuracy by method, seed and share."""
+    found: dict[str, list[list[float]]] = {method: [] for method in methods}
+    for seed in range(seeds):
+        test = held_out(groups, seed)
+        train, held = pairs[~test], pairs[test]
+        whole = accuracy(held @ fit(train))
+        for method in methods:
+            steps = rounds(train, method, seed, shares[:-1])
+            found[method].append([accuracy(held @ fit(train[rows])) for rows in steps] + [whole])
+            print(f"  seed {seed} {method}: " + " ".join(f"{value:.3f}" for value in found[method][-1]), flush=True)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- the summary
+def summary(found: dict[str, list[list[float]]], shares: tuple[float, ...]) -> dict[str, Any]:
+    """Means with 95 % intervals over seeds, what is kept at 20 %, and labels needed, against random."""
+    random = np.array(found["random"])
+    goal = shares.index(GOAL_SHARE)
+    result = {}
+    for method in (method for method in METHODS if method in found):
+        values = np.array(found[method])
+        kept = (values[:, goal] - 0.5) / (values[:, -1] - 0.5)
+        result[method] = {
+            "accuracy": [interval(column) for column in values.T],
+            "kept_at_goal": interval(kept),
+            "gain_at_goal": interval(values[:, goal] - random[:, goal]),
+            "gain_over_curve": interval((values - random)[:, 1:-1].mean(axis=1)),
+            "by_seed": values.round(5).tolist(),
+        } | saving(values, random, shares)
+    return result
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Mean and the limits of its 95 % interval over seeds (Student)."""
+    mean, n = float(np.mean(values)), len(values)
+    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return [round(mean, 5), round(mean - half, 5), round(mean + half, 5)]
+
+
+def saving(values: np.ndarray, random: np.ndarray, shares: tuple[float, ...]) -> dict[str, list[float]]:
+    """Share of the labels until `TARGET` of the full accuracy above chance, and random's share over it.
+
+    Of mean curves made monotone (isotonic regression), so that a lucky bump of one point decides nothing; with 95 %
+    bootstrap intervals over seeds.
+    """
+    rng = np.random.default_rng(0)
+    found = []
+    for draw in [np.arange(len(values)), *rng.integers(len(values), size=(RESAMPLES, len(values)))]:
+        ours, theirs = (monotone(curve[draw].mean(axis=0)) for curve in (values, random))
+        target = 0.5 + TARGET * (values[draw, -1].mean() - 0.5)
+        share = needed(ours, target, shares)
+        found.append((share, needed(theirs, target, shares) / share))
+    low, high = np.percentile(found[1:], [2.5, 97.5], axis=0)
+    names = ("labels_to_target", "fewer_labels")
+    return {name: [round(float(x[i]), 4) for x in (found[0], low, high)] for i, name in enumerate(names)}
+
+
+def monotone(curve: np.ndarray) -> np.ndarray:
+    """The nearest curve that never falls."""
+    return isotonic_regression(curve).x
+
+
+def needed(curve: np.ndarray, target: float, shares: tuple[float, ...]) -> float:
+    """Share of labels at which a rising curve reaches `target` (between its points linear in the log); 1 if never."""
+    at = int(np.argmax(curve >= target - 1e-9))
+    if curve[at] < target - 1e-9:
+        return 1.0
+    if at == 0:
+        return shares[0]
+    part = (target - curve[at - 1]) / (curve[at] - curve[at - 1])
+    return math.exp(math.log(shares[at - 1]) + part * math.log(shares[at] / shares[at - 1]))
+
+
+# ------------------------------------------------------------------------------------------------- whole reward models
+def full(args: argparse.Namespace) -> dict[str, Any]:
+    """Train whole reward models on all labels, and on 20 % at random and by `--method`; accuracy by seed."""
+    from rlhf.models import load_model, load_tokenizer
+
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer, model = load_causal(args.full)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        tokenizer, model = load_tokenizer(folder), load_model(folder)
+        renderer = Renderer(tokenizer, False)
+        for name in args.data:
+            pairs, groups = load_set(name, args.limit)
+            raw = state_differences(pairs, model.to(args.device), renderer, MAX_LENGTH)
+            ids = [[pair_ids(pair, side, renderer) for pair in pairs] for side in ("response_a", "response_b")]
+            fits = np.array([max(len(a), len(b)) <= args.max_length for a, b in zip(*ids, strict=True)])
+            ids = [[row for row, keep in zip(side, fits, strict=True) if keep] for side in ids]
+            x, groups = prepared(raw, longer(pairs))[fits], groups[fits]
+            result[name] = {"pairs": int(fits.sum())} | full_set(args, folder, tokenizer, ids, x, groups)
+    return result
+
+
+def full_set(args: argparse.Namespace, folder: str, tokenizer: Any, ids: Any, x: np.ndarray, groups: Any) -> dict:
+    """Accuracies of one set by seed, and what 20 % of the labels keep of the full accuracy above chance."""
+    arms: dict[str, list[float]] = {"all": [], "random": [], args.method: []}
+    shares = tuple(share for share in SHARES if share <= GOAL_SHARE)
+    for seed in range(args.seeds):
+        test = held_out(groups, seed)
+        train = np.flatnonzero(~test)
+        picks = {"all": train} | {m: train[rounds(x[train], m, seed, shares)[-1]] for m in ("random", args.method)}
+        for arm, rows in picks.items():
+            arms[arm].append(train_and_test(args, folder, tokenizer, ids, rows, np.flatnonzero(test), seed))
+            print(f"  full, seed {seed} {arm}: {len(rows)} labels, accuracy {arms[arm][-1]:.4f}", flush=True)
+    above = {arm: np.array(values) - 0.5 for arm, values in arms.items()}
+    found = {arm: {"accuracy": interval(np.array(values)), "by_seed": values} for arm, values in arms.items()}
+    for arm in ("random", args.method):
+        found[arm]["kept_at_goal"] = interval(above[arm] / above["all"])
+    return found
+
+
+def train_and_test(
+    args: argparse.Namespace, folder: str, tokenizer: Any, ids: Any, rows: np.ndarray, test: np.ndarray, seed: int
+) -> float:
+    """Held-out accuracy of a reward model trained with AdamW on the pairs `rows`, the learning rate linear to 0."""
+    import torch
+
+    from rlhf.models import hidden_states, new_reward_model, trunk_of
+    from rlhf.ppo.generation.plain import left_pad
+    from rlhf.reward.losses import pairwise_loss
+    from rlhf.sampling import score_sequences
+
+    model = new_reward_model(folder, seed).to(args.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    rng = np.random.default_rng([seed, 3])
+    order = np.concatenate([rng.permutation(rows) for _ in range(args.epochs)])
+    steps = math.ceil(len(order) / args.batch)
+    for step in range(steps):
+        batch = order[step * args.batch : (step + 1) * args.batch]
+        tokens, mask = left_pad([ids[side][row] for side in (0, 1) for row in batch], tokenizer.pad_token_id)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
+            states = hidden_states(trunk_of(model), tokens.to(args.device), mask.to(args.device))
+        scores = model.score(states[:, -1].float()).squeeze(-1)
+        loss = pairwise_loss(*scores.chunk(2))
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * (1 - step / steps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        sides = [score_sequences(model, [side[row] for row in test], tokenizer.pad_token_id) for side in ids]
+    return accuracy(np.array(sides[0]) - np.array(sides[1]))
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+def tables(report: dict[str, Any]) -> str:
+    """The measured tables of docs/label_efficiency.md, in Markdown."""
+    columns = [report["shares"].index(share) for share in (0.05, 0.1, 0.2, 0.5, 1.0)]
+    lines = []
+    for name, kinds in report["sets"].items():
+        for entry in kinds.values():
+            lines += [
+                "",
+                f"**`{name}`, {entry['features']}** ({entry['pairs']} pairs in {entry['groups']} groups)",
+                "",
+                "| method | 5 % | 10 % | 20 % | 50 % | 100 % | kept at 20 % | against random at 20 % | fewer labels |",
+                "| --- " * 9 + "|",
+            ]
+            for method, values in entry["methods"].items():
+                cells = [_points(values["accuracy"][column]) for column in columns]
+                cells.append(_percent(values["kept_at_goal"]))
+                fewer = "{:.2f}x [{:.2f}, {:.2f}]".format(*values["fewer_labels"])
+                cells += ["-", "-"] if method == "random" else [_points(values["gain_at_goal"], sign="+"), fewer]
+                lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *_full_table(report.get("full"))]).strip()
+
+
+def _full_table(report: dict[str, Any] | None) -> list[str]:
+    if not report:
+        return []
+    lines = ["", f"**Whole reward models, {report['model']}**", ""]
+    lines += ["| set | labels | accuracy | kept of all labels |", "| --- | --- | --- | --- |"]
+    for name, entry in report["sets"].items():
+        for arm, values in entry.items():
+            if isinstance(values, dict):
+                share = "all" if arm == "all" else f"20 %, {arm}"
+                kept = _percent(values["kept_at_goal"]) if "kept_at_goal" in values else "-"
+                lines.append(f"| `{name}` | {share} | {_points(values['accuracy'])} | {kept} |")
+    return lines
+
+
+def _points(values: list[float], sign: str = "") -> str:
+    return f"{{:{sign}.1f}} [{{:{sign}.1f}}, {{:{sign}.1f}}]".format(*(100 * value for value in values))
+
+
+def _percent(values: list[float]) -> str:
+    return "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * value for value in values))
+
+
+def with_tables(page: str, report: dict[str, Any]) -> str:
+    """The page with fresh tables between its two marks."""
+    begin, end = "<!-- measured: begin -->", "<!-- measured: end -->"
+    head, rest = page.split(begin)
+    return f"{head}{begin}\n{tables(report)}\n{end}{rest.split(end)[1]}"
+
+
+def measure(args: argparse.Namespace, name: str, entries: dict[str, Any]) -> None:
+    """Sweep one set with each kind of features that is asked for; adds to `entries`."""
+    pairs, groups = load_set(name, args.limit)
+    wanted = {"words": "TF-IDF" if args.words else None, "embedder": args.embedder, "model": args.model}
+    for kind, source in wanted.items():
+        if source is None:
+            continue
+        label = Path(source).name
+        print(f"{name}, {label}: {len(pairs)} pairs, {groups.max() + 1} groups", flush=True)
+        file = args.cache / f"{name}_{label}_{len(pairs)}.npy" if args.cache else None
+        raw = cached(file, partial(features_of, pairs, kind, source, args.device))
+        title = label if args.seeds == SEEDS else f"{label}, {args.seeds} seeds"
+        old = entries.get(title, {"methods": {}})["methods"]
+        found = {method: values["by_seed"] for method, values in old.items() if method not in args.methods}
+        found |= sweep(prepared(raw, longer(pairs)), groups, args.methods, args.seeds)
+        entry = {"features": title, "pairs": len(pairs), "groups": int(groups.max()) + 1, "seeds": args.seeds}
+        entries[title] = entry | {"methods": summary(found, SHARES)}
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parsed arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", nargs="*", default=list(SETS))
+    parser.add_argument("--words", action="store_true", help="also features from TF-IDF")
+    parser.add_argument("--embedder", help="folder of a sentence-transformers model: features from it")
+    parser.add_argument("--model", help="folder of a causal model, or a recipe whose base it is: features from it")
+    parser.add_argument("--cache", type=Path, help="folder where features are kept")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="others keep the figures they have (all)")
+    parser.add_argument("--limit", type=int, help="pairs of each set (all)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help=f"only write the tables of {PAGE.name}")
+    parser.add_argument("--full", metavar="MODEL", help="train whole reward models from this folder, or recipe's base")
+    parser.add_argument("--method", default="mix", choices=list(METHODS), help="of --full")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16, help="pairs")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens; longer pairs are left out of --full")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, add the results to the JSON file, write the tables."""
+    args = arguments(argv)
+    report = json.loads(args.out.read_text()) if args.out.is_file() else {"shares": list(SHARES), "sets": {}}
+    if args.full:
+        settings = {key: getattr(args, key) for key in ("epochs", "batch", "learning_rate", "max_length", "seeds")}
+        report["full"] = {"model": Path(args.full).name, "settings": settings, "sets": full(args)}
+    elif not args.table:
+        for name in args.data:
+            measure(args, name, report["sets"].setdefault(name, {}))
+    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if args.out == RESULTS:
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
