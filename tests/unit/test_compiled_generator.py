@@ -58,6 +58,19 @@ def test_samples_the_same_as_generate(architecture, slots):
     assert_close(mine.logprobs, plain.logprobs)
 
 
+def test_the_last_responses_of_many_slots_go_on_in_a_smaller_cache():
+    tokenizer = build_tokenizer()
+    model, noise = lively(build_model(tokenizer, n_layer=2)), uniforms(len(PROMPTS), 12, 3)
+    plain = PlainGenerator(model, tokenizer).generate(PROMPTS, noise, 0.7)
+    generator = CompiledGenerator(model, tokenizer.pad_token_id, tokenizer.eos_token_id, slots=64)
+    for _ in range(2):  # again with what is left in both caches
+        mine = generator.generate(PROMPTS, noise, 0.7)
+        assert [key[0] for key in generator.slots] == [64, 16]
+        assert torch.equal(mine.response_ids, plain.response_ids)
+        assert torch.equal(mine.finished, plain.finished)
+        assert_close(mine.logprobs, plain.logprobs)
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.3, 0.7)])
 def test_greedy_and_nucleus(temperature, top_p):
     tokenizer = build_tokenizer()

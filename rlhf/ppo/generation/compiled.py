@@ -28,7 +28,8 @@ REFILL_SHARE = (
     0.25  # of the slots must be free before prompts are read in: a small prefill costs as much as a large one
 )
 LENGTH_BUCKET = 64  # cache lengths are multiples of it, so that few graphs are captured
-MAX_KEPT = 4  # sizes of slots whose cache and graph are kept
+SHRINK, SMALLEST = 4, 16  # the last responses go on in a cache of a quarter of the slots, of no fewer than 16
+MAX_KEPT = 6  # sizes of slots whose cache and graph are kept
 GROUPED = "rlhf_grouped_sdpa"
 PREFILL_TOKENS = 65_536  # of one prefill: bounds its activations
 
@@ -117,6 +118,14 @@ class Slots:
         self.uniforms[slots] = noise
         self.active[slots] = True
 
+    def take_over(self, other: Slots, slots: list[int]) -> None:
+        """Go on with the responses that stand in `slots` of `other`, in the first of these."""
+        taken, count = torch.tensor(slots, device=self.token.device), len(slots)
+        for name in ("token", "start", "position", "count", "active", "uniforms", "ids", "logprobs"):
+            getattr(self, name)[:count] = getattr(other, name)[taken]
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.keys[:count], mine.values[:count] = theirs.keys[taken], theirs.values[taken]
+
     def append(self, slots: Tensor, tokens: Tensor, logprobs: Tensor, eos: int) -> None:
         """Take one sampled token for each of `slots`; a response that ends with it becomes inactive. In place."""
         active, count = self.active[slots], self.count[slots]
@@ -177,9 +186,15 @@ class CompiledGenerator:
         owner: dict[int, int] = {}  # slot -> prompt
         waiting = sorted(range(count), key=lambda row: len(prompts[row]))  # taken from the end: longest first
         with self._sampling():
-            slots = self._slots_for(prompts, budget, temperature, top_p)
+            size = min(self.max_slots, 1 << (count - 1).bit_length())
+            length = -(-(max(map(len, prompts)) + budget) // LENGTH_BUCKET) * LENGTH_BUCKET
+            slots = self._slots_for(size, length, budget, temperature, top_p)
             while waiting or owner:
                 _harvest(slots, owner, out)
+                if not waiting and 0 < len(owner) <= slots.size // SHRINK and slots.size == size >= SHRINK * SMALLEST:
+                    large, slots = slots, self._slots_for(size // SHRINK, length, budget, temperature, top_p)
+                    slots.take_over(large, list(owner))
+                    owner = dict(enumerate(owner.values()))
                 free = [slot for slot in range(slots.size) if slot not in owner]
                 if waiting and (not owner or len(free) >= REFILL_SHARE * slots.size):
                     owner |= self._admit(slots, free, waiting, prompts, noise, temperature, top_p)
@@ -193,10 +208,8 @@ class CompiledGenerator:
             logprobs=torch.where(mask, out.logprobs, 0.0),
         )
 
-    def _slots_for(self, prompts: list[list[int]], budget: int, temperature: float, top_p: float) -> Slots:
-        """Slots whose cache holds the longest of these prompts and its response, all of them free."""
-        size = min(self.max_slots, 1 << (len(prompts) - 1).bit_length())
-        length = -(-(max(map(len, prompts)) + budget) // LENGTH_BUCKET) * LENGTH_BUCKET
+    def _slots_for(self, size: int, length: int, budget: int, temperature: float, top_p: float) -> Slots:
+        """So many slots with a cache of so many positions, all of them free."""
         key = (size, length, budget, temperature, top_p)
         if key not in self.slots:
             while len(self.slots) >= MAX_KEPT:  # caches and graphs of sizes that came earlier
