@@ -19,6 +19,7 @@ REWARD ?=
 AGAINST ?=
 STAGE ?=
 DATA ?=
+JOBS ?= 2
 PYTHON ?= python3
 CONSTRAINTS ?= $(or $(SETUP_CONSTRAINTS),constraints.txt)
 DEFAULT_EXTRAS := tiny,dev,data
@@ -99,8 +100,9 @@ status: $(STAMP) ## runs, their stages, and what is stale
 notebook: $(STAMP) ## execute the notebooks on a finished run, and compare it with AGAINST=other_run
 	@RLHF_RUN_DIR="$(RUN_DIR)" RLHF_RUNS="$(RUN_DIR)$(AGAINST:%=,$(abspath $(ARTIFACTS))/%)" $(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb
 
-test: $(STAMP) ## unit, contract and integration tests, offline
-	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow and not gpu"
+# One thread each: two processes of two threads on two cores wait for each other.
+test: $(STAMP) ## unit, contract and integration tests, offline; JOBS=2 processes
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadgroup
 
 test-slow: $(STAMP) ## the tests that take minutes
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m slow

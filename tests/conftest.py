@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,3 +26,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.differing_executors],  # mutmut runs the suite more than once in one process
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rlhf"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file run in one process (`make test` has several), and so do all that share the run of `ci`."""
+    for item in items:
+        shared = "ci_run" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ci_run" if shared else item.path.name))

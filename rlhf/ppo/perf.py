@@ -76,5 +76,7 @@ def compilations() -> int:
 def padding_share(rollout: Rollout, max_tokens: int, ranks: int) -> float:
     """Share of a forward over the whole rollout that is spent on padding, in [0,1)."""
     lengths = [sum(pair) for pair in zip(rollout.prompt_lengths, rollout.response_lengths, strict=True)]
-    batches = [rows for rank in plan(rollout, range(len(lengths)), max_tokens, ranks) for rows in rank if rows]
-    return 1 - sum(lengths) / sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)
+    batches = [batch for rank in plan(rollout, range(len(lengths)), max_tokens, ranks) for batch in rank if batch]
+    rows, columns = rollout.shapes.rows, rollout.shapes.columns
+    areas = (rows(len(batch)) * columns(max(lengths[row] for row in batch)) for batch in batches)
+    return 1 - sum(lengths) / sum(areas)
