@@ -6,7 +6,7 @@ import torch
 
 from rlhf.models import ActorCritic
 from rlhf.ppo.build import value_head
-from rlhf.ppo.packing import EXACT, Shapes, Sizes
+from rlhf.ppo.packing import Shapes, Sizes
 from rlhf.ppo.perf import FlopCounter, matmul_peak, padding_share
 from tests.builders import build_model, build_tokenizer
 
@@ -26,10 +26,10 @@ def test_training_operations_by_hand():
 
 def test_padding_share_by_hand():
     ids = torch.zeros(2, 2)
-    rollout = SimpleNamespace(prompt_ids=ids, prompt_lengths=[2, 1], response_lengths=[1, 4], shapes=EXACT)
+    rollout = SimpleNamespace(prompt_ids=ids, prompt_lengths=[2, 1], response_lengths=[1, 4], shapes=Shapes(64))
     assert padding_share(rollout, max_tokens=100, ranks=1) == 1 - 8 / 10  # one batch, 2 x max(3, 5)
     assert padding_share(rollout, max_tokens=5, ranks=1) == 0.0
-    rollout.shapes = Shapes(0, Sizes(4), Sizes(3))
+    rollout.shapes = Shapes(64, Sizes(4), Sizes(3))
     assert padding_share(rollout, max_tokens=100, ranks=1) == 1 - 8 / 24  # 4 x 6
 
 
