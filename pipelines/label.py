@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         pairs = args.pairs or label_folder(Path(args.artifacts), args.data) / PAIRS_FILE
         labels = args.labels or pairs.with_name(LABELS_FILE)
         if args.agreement:
+            if not labels.is_file():
+                raise UserError(f"label: no labels in {labels} yet: run make label first, or name another folder")
             logger.info(described(agreement(read_labels(labels))))
             return 0
         serve(pairs, labels, args.port)

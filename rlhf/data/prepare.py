@@ -131,6 +131,9 @@ def _write(
     manifest = finish(folder, manifest | run)
     publish(folder, final)
     logger.info("%s: %d rows of %d", final, sum(manifest["splits"].values()), manifest["steps"]["read"])
+    empty = [split for split, count in manifest["splits"].items() if not count]
+    if empty:
+        logger.warning("%s: nothing is left in %s; the card says where the rows went", final, ", ".join(empty))
     return manifest
 
 

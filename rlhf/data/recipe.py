@@ -189,7 +189,11 @@ class MixtureItem(_Strict):
 class DataRecipe(_Strict):
     """Everything that turns a source into the rows of a stage."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="Name of the recipe: letters, digits, `_`, `-` and `.`.")
+    # Its folder below the artifact directory is called so: `.` would be the folder of all sets.
+    name: str = Field(
+        pattern=r"^\w[\w.-]*$",
+        description="Name of the recipe: a letter, digit or `_`, then also `-` and `.`.",
+    )
     source: Source | None = Field(
         default=None,
         description="Exactly one of: {package, module, file}, {hub, revision}, {files}, {labels}, {function}; "
@@ -345,7 +349,7 @@ def load_data_recipe(name_or_path: str | Path, extra_dirs: tuple[str | Path, ...
     """
     path = Path(name_or_path).expanduser()
     if path.suffix not in (".yaml", ".yml"):
-        if not re.fullmatch(r"[\w.-]+", str(name_or_path)):
+        if not re.fullmatch(r"\w[\w.-]*", str(name_or_path)):
             raise UserError(
                 f"data recipe {str(name_or_path)!r}: no plain name, and no path that ends in .yaml: give one of them"
             )

@@ -160,7 +160,8 @@ def iter_file(path: Path, quarantine: Quarantine) -> Iterator[Row]:
         except gzip.BadGzipFile as error:
             raise UserError(f"{path}: cannot be read ({error}); is the file whole?") from error
         except (EOFError, zlib.error) as error:
-            quarantine.add_unread(f"{path} after its last whole row", "file ends early or is damaged", str(error))
+            # No bad row: how many are lost nobody knows.
+            raise UserError(f"{path}: the file ends early or is damaged ({error}): fetch it again") from error
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error}); is the file whole?") from error
 

@@ -187,15 +187,12 @@ def test_a_broken_array_stops_because_its_rest_cannot_be_found(tmp_path, content
         read(recipe_for(tmp_path / "x.json"), tmp_path)
 
 
-def test_a_cut_gzip_file_keeps_its_whole_rows_and_counts_the_damage(tmp_path):
+def test_a_cut_gzip_file_stops_because_nobody_knows_what_is_lost(tmp_path):
     rows = [{"prompt": f"{i} {hash(str(i))}", "completion": "b"} for i in range(5000)]
     packed = gzip.compress("\n".join(map(json.dumps, rows)).encode())
     (tmp_path / "x.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    read_rows, counts, records = read(recipe_for(tmp_path / "x.jsonl.gz"), tmp_path)
-    assert 1000 < len(read_rows) < 5000
-    assert read_rows == rows[: len(read_rows)]
-    assert records[-1]["reason"] == "file ends early or is damaged"
-    assert counts.quarantine.count == 1
+    with pytest.raises(UserError, match=r"x\.jsonl\.gz: the file ends early or is damaged"):
+        read(recipe_for(tmp_path / "x.jsonl.gz"), tmp_path)
 
 
 def test_csv_rows_of_another_width_or_encoding_are_set_aside(tmp_path):

@@ -141,6 +141,9 @@ def test_unreadable_files_are_user_errors(tmp_path):
         ({"format": "prompts", "prompt_template": "Q:"}, ["prompt_template: 'Q:' holds {prompt} 0 times"]),
         ({"format": "prompts", "prompt_template": "{prompt}", "system": "s"}, ["exclude each other"]),
         ({"name": "a/b"}, ["name: 'a/b'"]),
+        ({"name": "."}, ["name: '.'"]),  # would be the folder of all sets
+        ({"name": ".."}, ["name: '..'"]),
+        ({"name": "-x"}, ["name: '-x'"]),
     ],
 )
 def test_bad_recipes_end_in_one_line(change, parts):
