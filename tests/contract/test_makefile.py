@@ -10,10 +10,8 @@ ROOT = Path(__file__).parents[2]
 
 def dry(*arguments: str) -> str:
     """The commands that `make -n` prints, without those of the set-up."""
-    run = subprocess.run(
-        ["make", "-n", "-o", ".venv/.ready", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return run.stdout
+    command = ["make", "-n", "--no-print-directory", "-o", ".venv/.ready", *arguments]  # `make test` is a make, too
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize(
