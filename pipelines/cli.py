@@ -163,6 +163,18 @@ def check_folder(name: str) -> str:
     return check_name(name, "--as")
 
 
+def guarded(command: str, act: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Do what is no stage; returns the exit code: 0, or 2 after one line on stderr."""
+    try:
+        act(args)
+    except UserError as error:
+        return fail(str(error))
+    except OSError as error:
+        where = error.filename or args.artifacts
+        return fail(f"{command}: cannot read or write {where} ({error.strerror}): check path and space")
+    return 0
+
+
 def fail(message: str, kind: str = "error") -> int:
     """Print one line on stderr, on rank 0; returns the exit code of bad input."""
     bars = sys.modules.get("tqdm.std")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli import BAD_INPUT, setup_logging
+from pipelines.cli import guarded, setup_logging
 from rlhf.data import DataRecipe, load_data_recipe
 from rlhf.data.load import DATA
 from rlhf.data.prepare import prepare
@@ -26,21 +26,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
     args = parser.parse_args(argv)
     setup_logging()
-    try:
-        if args.workers < 1:
-            raise UserError(f"--workers {args.workers}: must be at least 1")
-        recipe = load_data_recipe(args.recipe)
-        parts = [load_data_recipe(item.recipe) for item in recipe.mixture or ()] or [recipe]
-        for part in parts:
-            write(part, args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except OSError as error:
-        where = error.filename or args.artifacts
-        print(f"error: data: cannot read or write {where} ({error.strerror}): check path and space", file=sys.stderr)
-        return BAD_INPUT
-    return 0
+    return guarded("data", clean, args)
+
+
+def clean(args: argparse.Namespace) -> None:
+    """Prepares the set, of a mixture those of its parts."""
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    recipe = load_data_recipe(args.recipe)
+    for part in [load_data_recipe(item.recipe) for item in recipe.mixture or ()] or [recipe]:
+        write(part, args)
 
 
 def write(recipe: DataRecipe, args: argparse.Namespace) -> None:

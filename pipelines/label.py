@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli import BAD_INPUT, setup_logging
+from pipelines.cli import guarded, setup_logging
 from rlhf.errors import UserError
 from rlhf.labels.agreement import agreement
 from rlhf.labels.records import LABELS_FILE, PAIRS_FILE, label_folder, read_labels
@@ -27,21 +27,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--agreement", action="store_true", help="only say how far the annotators agree")
     args = parser.parse_args(argv)
     setup_logging()
-    try:
-        if not (args.pairs or args.data):
-            raise UserError("label: which pairs? give --data NAME (make label DATA=NAME), or --pairs FILE")
-        pairs = args.pairs or label_folder(Path(args.artifacts), args.data) / PAIRS_FILE
-        labels = args.labels or pairs.with_name(LABELS_FILE)
-        if args.agreement:
-            if not labels.is_file():
-                raise UserError(f"label: no labels in {labels} yet: run make label first, or name another folder")
-            logger.info(described(agreement(read_labels(labels))))
-            return 0
+    return guarded("label", label, args)
+
+
+def label(args: argparse.Namespace) -> None:
+    """Serves the page, or says how far the annotators agree."""
+    if not (args.pairs or args.data):
+        raise UserError("label: which pairs? give --data NAME (make label DATA=NAME), or --pairs FILE")
+    pairs = args.pairs or label_folder(Path(args.artifacts), args.data) / PAIRS_FILE
+    labels = args.labels or pairs.with_name(LABELS_FILE)
+    if not args.agreement:
         serve(pairs, labels, args.port)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    return 0
+    elif labels.is_file():
+        logger.info(described(agreement(read_labels(labels))))
+    else:
+        raise UserError(f"label: no labels in {labels} yet: run make label first, or name another folder")
 
 
 def serve(pairs: Path, labels: Path, port: int) -> None:

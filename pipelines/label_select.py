@@ -5,9 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
-from pipelines.cli import BAD_INPUT, setup_logging
+from pipelines.cli import guarded, setup_logging
 from rlhf.data import load_data_recipe
-from rlhf.errors import UserError
 from rlhf.labels.choose import WORDS, Choice, choose
 from rlhf.labels.records import LABELS_FILE, PAIRS_FILE, label_folder
 from rlhf.labels.selection import METHODS
@@ -39,16 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--labels", type=Path, metavar="FILE", help="labels so far (labels.jsonl beside the pairs)")
     args = parser.parse_args(argv)
     setup_logging()
-    try:
-        select(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except OSError as error:
-        where = error.filename or args.artifacts
-        print(f"error: label-select: cannot read or write {where} ({error.strerror}): check the path", file=sys.stderr)
-        return BAD_INPUT
-    return 0
+    return guarded("label-select", select, args)
 
 
 def select(args: argparse.Namespace) -> None:
