@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.cli import guarded, setup_logging
 from rlhf.data import DataRecipe, load_data_recipe
-from rlhf.data.load import DATA
+from rlhf.data.load import DATA, parts_of
 from rlhf.data.prepare import prepare
 from rlhf.errors import UserError
 
@@ -33,8 +33,7 @@ def clean(args: argparse.Namespace) -> None:
     """Prepares the set, of a mixture those of its parts."""
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
-    recipe = load_data_recipe(args.recipe)
-    for part in [load_data_recipe(item.recipe) for item in recipe.mixture or ()] or [recipe]:
+    for part in parts_of(load_data_recipe(args.recipe)):
         write(part, args)
 
 

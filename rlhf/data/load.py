@@ -79,7 +79,7 @@ def load_rows(
 
 def prepared(recipe: DataRecipe, root: Path) -> None:
     """Writes the cleaned sets that `load_rows` would write, before several processes ask for them at once."""
-    for part in _parts(recipe) if recipe.mixture else [recipe]:
+    for part in parts_of(recipe):
         if part.clean:
             prepare(part, root / DATA / part.name, workers=_cores())
 
@@ -149,17 +149,27 @@ def _first_rows(rows: Iterable[tuple[int, Row]], limit: int | None, seed: int, d
     return [row for _, _, row in sorted(found, key=lambda item: direction * item[1])]
 
 
-def _parts(recipe: DataRecipe) -> list[DataRecipe]:
-    parts = [load_data_recipe(item.recipe) for item in recipe.mixture or ()]
+def parts_of(recipe: DataRecipe) -> list[DataRecipe]:
+    """The recipes of a mixture; of another recipe, itself.
+
+    Raises:
+        UserError: a part is a mixture, or two different ones have one name and so one folder.
+    """
+    if not recipe.mixture:
+        return [recipe]
+    parts = [load_data_recipe(item.recipe) for item in recipe.mixture]
+    known: dict[str, DataRecipe] = {}
     for part in parts:
         if part.mixture:
             raise UserError(f"data recipe {recipe.name!r}: {part.name!r} is a mixture itself; name its parts instead")
+        if known.setdefault(part.name, part) != part:
+            raise UserError(f"data recipe {recipe.name!r}: two of its parts are called {part.name!r}; rename one")
     return parts
 
 
 def _mixed_rows(recipe: DataRecipe, split: str, kind: str, seed: int, root: Path | None) -> list[Row]:
     """Of each part its share of the largest mixture that needs no row twice, the first ones in their seeded order."""
-    parts = _parts(recipe)
+    parts = parts_of(recipe)
     if len({(part.split.by, part.split.seed, str(part.split.shares)) for part in parts}) > 1:
         logger.warning(
             "data recipe %r: its parts are split in different ways (by, fractions or seed): a prompt that two of them "

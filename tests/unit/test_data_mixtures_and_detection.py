@@ -12,6 +12,7 @@ import yaml
 
 from rlhf.data import DataRecipe, load_data_recipe, load_rows
 from rlhf.data.formats import detect_format
+from rlhf.data.load import parts_of
 from rlhf.data.prepare import prepare
 from rlhf.errors import UserError
 from rlhf.yamlio import validate
@@ -241,3 +242,15 @@ def test_local_sets_load_as_they_are(name):
     recipe = load_data_recipe(name).model_copy(update={"clean": []})
     count = sum(len(load_rows(recipe, split, kind)) for split in recipe.split.names)
     assert count == expected if expected else count > 4000
+
+
+def test_two_parts_of_one_name_would_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("one", "a"), ("two", "b")):
+        text = f"{{name: same, source: {{files: {source}.jsonl}}, format: text}}"
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    mixture = "{name: both, mixture: [{recipe: one.yaml, fraction: 0.5}, {recipe: two.yaml, fraction: 0.5}]}"
+    (tmp_path / "both.yaml").write_text(mixture, encoding="utf-8")
+    with pytest.raises(UserError, match="'both': two of its parts are called 'same'; rename one"):
+        parts_of(load_data_recipe("both.yaml"))
+    assert [part.name for part in parts_of(load_data_recipe("one.yaml"))] == ["same"]
