@@ -311,6 +311,7 @@ if state.is_main_process:
     print("skipped", metrics["policy/bad_updates"], "equal", same[0] == same[1])
     print("finite", all(v == v for v in same[0].values()))
     print("said", said[0] == said[1], said[0])
+state.destroy_process_group()
 """
 
 

@@ -172,6 +172,7 @@ def main() -> None:
             run_stage(ppo_stage.STAGE, load_recipe(str(root / "toy.yaml")), root, "toy")
     state = accelerate.PartialState()
     print(json.dumps({"rank": state.process_index, "processes": state.num_processes}), flush=True)
+    state.destroy_process_group()  # as pipelines.cli does at the end
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ import signal
 import time
 
 import pytest
+import torch.distributed as dist
 
 from pipelines import cli
 from rlhf import interrupt
+from rlhf.errors import UserError
 from rlhf.interrupt import Interrupted, finish_step_first, handled, requested
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -98,3 +100,17 @@ def test_the_entry_point_says_how_to_continue(monkeypatch, capsys, number, code)
     said = capsys.readouterr().err.splitlines()
     name = signal.Signals(number).name
     assert said == [f"stopped by {name}: ppo: no training step was running: run the same command again to continue"]
+
+
+@pytest.mark.parametrize("said", [None, UserError("no such file")])
+def test_the_entry_point_ends_the_process_group(monkeypatch, said):
+    """Also after bad input, which all ranks see; a group left standing aborts some processes as Python exits."""
+
+    def run(*args):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if said:
+            raise said
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main("ppo", "rlhf.ppo.stage", []) == (cli.BAD_INPUT if said else 0)
+    assert not dist.is_initialized()
