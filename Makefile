@@ -39,7 +39,7 @@ RUN_DIR = $(abspath $(ARTIFACTS))/$(or $(RUN),$(basename $(notdir $(RECIPE))))
 OTHER = $(if $(REWARD),--as "$(REWARD)")
 UNFORCED = $(LAUNCHER) -m pipelines.$(1) $(COMMON) $(SET)
 
-.PHONY: help setup data label-select label pretrain sft reward ppo evaluate report status notebook test test-slow test-gpu optimum mutation audit check format bench-env bench clean
+.PHONY: help setup data label-select label convert pretrain sft reward ppo evaluate report status notebook test test-slow test-gpu optimum mutation audit check format bench-env bench clean
 
 help: ## list the targets
 	@echo 'make sft reward ppo    runs the default recipe end to end. Variables:'
@@ -76,6 +76,9 @@ label-select: $(STAMP) ## choose N pairs of DATA=recipe for annotators: METHOD=m
 
 label: $(STAMP) ## the labelling page for the pairs of DATA=recipe, on this machine alone: PORT=8765
 	@$(PY) -m pipelines.label --data "$(DATA)" --artifacts "$(ARTIFACTS)" $(if $(PORT),--port "$(PORT)")
+
+convert: $(STAMP) ## the base model of RECIPE as a plain folder OUT=bases/name, checked against what it came from
+	@$(PY) -m pipelines.convert --recipe "$(RECIPE)" --out "$(OUT)" $(SET)
 
 sft: $(STAMP) ## supervised fine-tuning (pretrain first, where the recipe asks for it)
 	@$(call UNFORCED,pretrain)

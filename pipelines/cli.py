@@ -179,7 +179,7 @@ def guarded(command: str, act: Callable[[argparse.Namespace], None], args: argpa
     except UserError as error:
         return fail(str(error))
     except OSError as error:
-        where = error.filename or args.artifacts
+        where = error.filename or "a file"
         return fail(f"{command}: cannot read or write {where} ({error.strerror}): check path and space")
     return 0
 

@@ -412,21 +412,29 @@ class PPOSection(Section):
 
 
 class JudgeSource(Section):
-    """A judge that no stage trained on: exactly one of the four."""
+    """A judge that no stage trained on: exactly one of the five."""
 
     artifact: str | None = Field(
         None, description="A reward model that PPO never saw, such as `reward_b` of this run, or the path of one."
     )
     sentiment: str | None = Field(None, description="Data recipe of labelled texts; TF-IDF + logistic regression.")
+    pairs: str | None = Field(
+        None, description="Data recipe of preference pairs; TF-IDF of the response + logistic regression on them."
+    )
+    split: str | None = Field(
+        None, description="With `pairs`: the split to fit on, one that no reward model of PPO saw; null = train."
+    )
     vader: bool = Field(False, description="VADER's compound score.")
     function: str | None = Field(None, description="`package.module:callable`, as in ppo.rewards.")
     name: str = Field("judge", description="Name of its columns in the report.")
 
     @model_validator(mode="after")
     def _one_judge(self) -> JudgeSource:
-        sources = [self.sentiment, self.function, self.artifact, self.vader or None]
+        sources = [self.sentiment, self.pairs, self.function, self.artifact, self.vader or None]
         if sum(source is not None for source in sources) != 1:
-            raise ValueError("give exactly one of `artifact`, `sentiment`, `vader` and `function`")
+            raise ValueError("give exactly one of `artifact`, `sentiment`, `pairs`, `vader` and `function`")
+        if self.split is not None and self.pairs is None:
+            raise ValueError("`split` needs `pairs`; remove it")
         return self
 
 

@@ -174,7 +174,8 @@ def _in_order(
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a cleaning process was killed, probably for its memory; use fewer (--workers 1)"
+                "a cleaning process ended, probably killed for its memory: use fewer (--workers 1); or a script of "
+                "yours calls this: put the call under `if __name__ == '__main__':`"
             ) from error
 
 

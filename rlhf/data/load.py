@@ -168,7 +168,10 @@ def parts_of(recipe: DataRecipe) -> list[DataRecipe]:
 
 
 def _mixed_rows(recipe: DataRecipe, split: str, kind: str, seed: int, root: Path | None) -> list[Row]:
-    """Of each part its share of the largest mixture that needs no row twice, the first ones in their seeded order."""
+    """Of each part its share of the largest mixture that needs no row twice, the first ones in their seeded order.
+
+    Without fractions all rows of all parts.
+    """
     parts = parts_of(recipe)
     if len({(part.split.by, part.split.seed, str(part.split.shares)) for part in parts}) > 1:
         logger.warning(
@@ -178,8 +181,8 @@ def _mixed_rows(recipe: DataRecipe, split: str, kind: str, seed: int, root: Path
         )
     loaded = [load_rows(part, split, kind, seed=seed, root=root) for part in parts]
     shares = [item.fraction for item in recipe.mixture or ()]
-    total = min(len(rows) / share for rows, share in zip(loaded, shares, strict=True))
-    taken = [rows[: round(total * share)] for rows, share in zip(loaded, shares, strict=True)]
+    total = min(len(rows) / share if share else len(rows) for rows, share in zip(loaded, shares, strict=True))
+    taken = [rows[: round(total * share)] if share else rows for rows, share in zip(loaded, shares, strict=True)]
     shown = ", ".join(
         f"{len(kept)} of {len(rows)} {part.name}" for kept, rows, part in zip(taken, loaded, parts, strict=True)
     )

@@ -183,7 +183,9 @@ class MixtureItem(_Strict):
     """One part of a mixture."""
 
     recipe: str = Field(min_length=1, description="Data recipe of the part, by name or path; it has a source.")
-    fraction: float = Field(gt=0, le=1, description="Share of the mixture's rows.")
+    fraction: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the mixture's rows; null, in all parts: every row of each."
+    )
 
 
 class DataRecipe(_Strict):
@@ -202,7 +204,8 @@ class DataRecipe(_Strict):
     mixture: list[MixtureItem] | None = Field(
         default=None,
         min_length=1,
-        description="Instead of a source: other data recipes and their fractions, sum 1. As large as the parts allow.",
+        description="Instead of a source: other data recipes and their fractions, sum 1, as large as the parts allow; "
+        "or, without fractions, all of their rows.",
     )
     format: FormatName | None = Field(
         default=None,
@@ -322,8 +325,11 @@ class DataRecipe(_Strict):
             if self.max_synthetic is not None:
                 raise ValueError("max_synthetic has a meaning for a mixture alone; remove it")
             return
-        total = sum(item.fraction for item in self.mixture)
-        if abs(total - 1) > 1e-6:
+        given = [item.fraction for item in self.mixture if item.fraction is not None]
+        if given and len(given) < len(self.mixture):
+            raise ValueError("mixture: some parts have a fraction and some have none; give all of them one, or none")
+        total = sum(given)
+        if given and abs(total - 1) > 1e-6:
             raise ValueError(f"mixture: the fractions sum to {total:g}; make the sum 1")
         own = sorted(self.model_fields_set - {"name", "mixture", "max_synthetic", "split", "licence", "homepage"})
         if own:

@@ -23,6 +23,7 @@ from rlhf.functions import TextFunction, call_text_function, function_name, load
 from rlhf.models import compute_dtype, load_model, load_tokenizer, tokenizer_identity
 from rlhf.ppo.rewards import aggregate
 from rlhf.recipe import JudgeSource, PolicySource, Recipe
+from rlhf.reward.baselines import TfidfScorer, fit_tfidf
 from rlhf.sampling import Samples, perplexity, response_logprob_sums, sample_responses, score_sequences
 from rlhf.stage import StageContext
 
@@ -217,6 +218,8 @@ def load_judge(ctx: StageContext, judge: JudgeSource) -> TextFunction:
         return load_function(judge.function)
     if judge.vader:
         return vader_judge
+    if judge.pairs is not None:
+        return pair_judge(fit_tfidf(ctx.rows(judge.pairs, judge.split or "train", "preference")))
     rows = ctx.rows(judge.sentiment, "judge", "rated")
     fitted = SentimentJudge.fit([row["text"] for row in rows], [row["label"] for row in rows])
     logger.info(
@@ -228,6 +231,15 @@ def load_judge(ctx: StageContext, judge: JudgeSource) -> TextFunction:
         fitted.held_out_n,
     )
     return fitted
+
+
+def pair_judge(scorer: TfidfScorer) -> TextFunction:
+    """Log-odds of each response, up to a constant, that the pairs' annotators prefer it; prompts are not read."""
+
+    def judge(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return scorer(responses).tolist()
+
+    return judge
 
 
 def evaluate_policy(sampler: Sampler, scores: Scores, source: PolicySource) -> tuple[PolicySamples, Samples]:

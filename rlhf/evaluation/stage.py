@@ -204,7 +204,7 @@ def _inputs(recipe: Recipe) -> list[str]:
 
 
 def _data(recipe: Recipe) -> list[str]:
-    judges = [judge.sentiment for judge in recipe.evaluate.judges if judge.sentiment]
+    judges = [data for judge in recipe.evaluate.judges if (data := judge.sentiment or judge.pairs)]
     held_out = [recipe.sft.data] if recipe.evaluate.perplexity_rows else []
     return [recipe.evaluate.data or recipe.ppo.data, *judges, *held_out]
 

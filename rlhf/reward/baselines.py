@@ -70,9 +70,39 @@ def length_baseline(train_pairs: Sequence[Pair], test_pairs: Sequence[Pair]) -> 
 
 
 def tfidf_baseline(train_pairs: Sequence[Pair], test_pairs: Sequence[Pair]) -> BaselineReport:
+    """`fit_tfidf` on the training pairs, measured on the test pairs.
+
+    Raises:
+        UserError: no pairs, a pair without string `chosen` and `rejected`, or responses without any words.
+    """
+    _check(test_pairs, "test_pairs")
+    scorer = fit_tfidf(train_pairs)
+    chosen, rejected = (scorer([pair[side] for pair in test_pairs]) for side in ("chosen", "rejected"))
+    return _report("tfidf", chosen - rejected, f"{len(scorer.weights)} n-gram weights")
+
+
+@dataclass(frozen=True)
+class TfidfScorer:
+    """Scores of responses whose differences are the log-odds of a preference.
+
+    Attributes:
+        features: fitted `text_features`.
+        weights: [n-grams], of the logistic regression.
+    """
+
+    features: FeatureUnion
+    weights: np.ndarray
+
+    def __call__(self, responses: Sequence[str]) -> np.ndarray:
+        """[n] scores."""
+        return self.features.transform(responses) @ self.weights
+
+
+def fit_tfidf(train_pairs: Sequence[Pair]) -> TfidfScorer:
     """Logistic regression without intercept on the difference of the responses' TF-IDF vectors (Bradley-Terry).
 
-    Features are word uni- and bigrams; where the text is Chinese or Japanese, also character 1- to 3-grams.
+    Features are word uni- and bigrams; where the text is Chinese or Japanese, also character 1- to 3-grams. It is
+    linear in the two responses, so their scores can be taken apart: w . (x_chosen - x_rejected).
 
     Raises:
         UserError: no pairs, a pair without string `chosen` and `rejected`, or responses without any words.
@@ -82,7 +112,6 @@ def tfidf_baseline(train_pairs: Sequence[Pair], test_pairs: Sequence[Pair]) -> B
     from threadpoolctl import threadpool_limits
 
     _check(train_pairs, "train_pairs")
-    _check(test_pairs, "test_pairs")
     train_pairs = _subsample(train_pairs)
     chosen, rejected = [p["chosen"] for p in train_pairs], [p["rejected"] for p in train_pairs]
     features = text_features(chosen + rejected)
@@ -95,11 +124,7 @@ def tfidf_baseline(train_pairs: Sequence[Pair], test_pairs: Sequence[Pair]) -> B
     model = LogisticRegression(C=10.0, fit_intercept=False, max_iter=1000)
     with threadpool_limits(limits=1):  # as in judges.py: waiting threads cost more than they bring
         model.fit(vstack([differences, -differences]), np.repeat([1, 0], len(train_pairs)))
-    weights = model.coef_[0]
-    # x is linear in the two responses, so their scores can be taken apart: w . (x_chosen - x_rejected).
-    chosen_scores = features.transform([p["chosen"] for p in test_pairs]) @ weights
-    rejected_scores = features.transform([p["rejected"] for p in test_pairs]) @ weights
-    return _report("tfidf", chosen_scores - rejected_scores, f"{len(weights)} n-gram weights")
+    return TfidfScorer(features, model.coef_[0])
 
 
 def text_features(texts: Sequence[str]) -> FeatureUnion:

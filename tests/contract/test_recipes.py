@@ -15,6 +15,7 @@ from rlhf import metrics
 from rlhf.data import DataRecipe, load_data_recipe
 from rlhf.data.filters import NORMALIZERS
 from rlhf.data.formats import FormatOptions
+from rlhf.data.load import parts_of
 from rlhf.errors import UserError
 from rlhf.recipe import PPOSection, Recipe, load_recipe
 from rlhf.yamlio import read_yaml
@@ -46,8 +47,10 @@ def test_shipped_recipe_names_data_and_splits_that_exist(path):
     if recipe.evaluate:
         used += [(recipe.evaluate.data or recipe.ppo.data, recipe.evaluate.split)]
         used += [(judge.sentiment, "judge") for judge in recipe.evaluate.judges if judge.sentiment]
+        used += [(judge.pairs, judge.split or "train") for judge in recipe.evaluate.judges if judge.pairs]
     for name, split in used:
-        assert split is None or split in load_data_recipe(name).split.names, (name, split)
+        for part in parts_of(load_data_recipe(name)):
+            assert split is None or split in part.split.names, (part.name, split)
 
 
 def test_the_recipes_of_the_issue_are_shipped():
@@ -58,7 +61,7 @@ def test_the_recipes_of_the_issue_are_shipped():
 def test_shipped_data_recipe_loads(path):
     recipe = load_data_recipe(path.stem)
     assert recipe.name == path.stem
-    assert recipe.licence and recipe.homepage
+    assert all(part.licence and part.homepage for part in parts_of(recipe))
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from rlhf.errors import UserError
 from rlhf.ppo.guards import bad_update, not_finite
 from rlhf.ppo.kl_control import AdaptiveKL
-from tests.integration.test_two_processes import free_port
+from tests.integration.test_two_processes import TORCHRUN
 from tests.ppo_toys import first_rollout, rows_of, toy_context, toy_trainer, weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -320,8 +319,7 @@ def test_one_bad_rank_is_answered_by_all(tmp_path):
     toy_context(tmp_path, ppo=SIZES | {"max_bad_updates": 9})
     script = tmp_path / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(free_port()), str(script), str(tmp_path)]
+    command = [*TORCHRUN, str(script), str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]

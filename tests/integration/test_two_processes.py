@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,9 @@ from tests.ppo_toys import PEFT, build_artifacts, rows_of
 from tests.tolerances import assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
+# A free port of its own: two launches at once (`make test JOBS=2`) cannot take each other's.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+TORCHRUN += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1"]
 PPO = {
     "total_episodes": 24,
     "rollout_batch_size": 8,
@@ -136,27 +138,11 @@ def test_two_processes_end_with_the_weights_of_one(roots, shape, part):
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_sharded_weights_give_the_same_forward_gradient_and_samples(tmp_path, critic):
     """FSDP2's `fully_shard` on gloo (Accelerate uses it on GPUs alone); ranks sample unlike numbers of prompts."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += [str(ROOT / "tests" / "fsdp2_worker.py"), str(tmp_path), critic]
+    command = [*TORCHRUN, str(ROOT / "tests" / "fsdp2_worker.py"), str(tmp_path), critic]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("sharded equals whole") == 2
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main() -> None:

@@ -130,6 +130,14 @@ def test_a_mixture_is_as_large_as_its_parts_allow(tmp_path):
     assert {row["prompt"][0] for row in first} == {"a", "b"}  # mixed, not one after the other
 
 
+def test_a_mixture_without_fractions_has_every_row(tmp_path):
+    write_parts(tmp_path)
+    whole = {"name": "whole", "mixture": [{"recipe": str(tmp_path / f"{name}.yaml")} for name in "ab"]}
+    rows = load_rows(validate(DataRecipe, whole, "whole.yaml"), "train", "sft")
+    assert len({row["prompt"] for row in rows}) == 130
+    assert {row["prompt"][0] for row in rows[:20]} == {"a", "b"}
+
+
 def test_a_mixture_is_the_same_in_every_process(tmp_path):
     write_parts(tmp_path)
     code = (
@@ -153,6 +161,7 @@ def test_a_mixture_is_the_same_in_every_process(tmp_path):
     [
         ({}, "exactly one of source and mixture"),
         ({"mixture": [{"recipe": "a", "fraction": 0.5}]}, "the fractions sum to 0.5"),
+        ({"mixture": [{"recipe": "a", "fraction": 1.0}, {"recipe": "b"}]}, "give all of them one, or none"),
         ({"mixture": [{"recipe": "a", "fraction": 1.0}], "format": "text"}, "format has no meaning beside mixture"),
     ],
 )

@@ -1,5 +1,6 @@
 """The policies of an evaluation, on toy artifacts: what may be named, common random numbers, KL, best of n."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,9 @@ from pydantic import ValidationError
 
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
-from rlhf.evaluation.policies import Scores, sampling_settings
+from rlhf.evaluation.policies import Scores, load_judge, sampling_settings
 from rlhf.evaluation.stage import STAGE
-from rlhf.recipe import EvaluateSection, PolicySource, Recipe
+from rlhf.recipe import EvaluateSection, JudgeSource, PolicySource, Recipe
 from rlhf.stage import run_stage
 from tests.builders import build_model, build_reward_artifact, build_sft_artifact, build_tokenizer, toy_recipe
 from tests.ppo_toys import lively
@@ -140,3 +141,18 @@ def test_what_ppo_maximised_is_made_of_its_sources_as_in_ppo(tmp_path):
     assert scores.maximised == "combined"
     # Mean minus twice the std; of two that is half their distance.
     assert scores.trained({first: [1.0, 2.0], second: [3.0, 2.0]}) == [0.0, 2.0]
+
+
+def test_a_judge_fitted_on_pairs_prefers_what_they_prefer(root, tmp_path):
+    texts = [("a quiet joy to see", "a dull and loud mess"), ("it sings and moves", "it is dull")] * 6
+    rows = [{"prompt": f"p{i}", "chosen": good, "rejected": bad} for i, (good, bad) in enumerate(texts)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    split = {"by": "row", "fractions": {"half_a": 0.5, "half_b": 0.5}}
+    source = {"name": "pairs", "source": {"files": str(tmp_path / "pairs.jsonl")}, "format": "preference", "clean": []}
+    (tmp_path / "pairs.yaml").write_text(json.dumps(source | {"split": split}), encoding="utf-8")
+    judges = [{"name": "words", "pairs": str(tmp_path / "pairs.yaml"), "split": "half_b"}]
+    artifact = evaluated(root, policies=[{"artifact": "sft"}, {"artifact": "sft", "best_of": 2}], judges=judges)
+    assert "sft_best_of_2_vs_sft/win_rate_words" in artifact.manifest["metrics"]
+    judge = load_judge(SimpleNamespace(rows=lambda *_: rows), JudgeSource(**judges[0]))
+    good, bad, empty = judge(["", "", ""], ["what a quiet joy", "a loud mess", ""])
+    assert good > 0 > bad and empty == 0

@@ -1,11 +1,16 @@
 """Forwards of a rollout against plain transformers calls; saving; special tokens."""
 
+import json
+import struct
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, LlamaForCausalLM
 from transformers.activations import NewGELUActivation
 
+from rlhf.convert import convert
+from rlhf.errors import UserError
 from rlhf.models import (
     ActorCritic,
     Scorer,
@@ -17,14 +22,16 @@ from rlhf.models import (
     init_score_head,
     last_position,
     load_model,
+    load_tokenizer,
     new_reward_model,
     position_ids,
     response_logprobs,
     save_model,
+    split_digits,
     trunk_of,
 )
 from rlhf.ppo.build import value_head
-from tests.builders import build_model, build_tokenizer
+from tests.builders import CHAT_TEMPLATE, build_model, build_recipe, build_tokenizer
 from tests.ppo_toys import lively
 from tests.tolerances import assert_close
 
@@ -339,3 +346,63 @@ def test_a_scaled_head_is_not_plain():
 
     model.forward = capped
     assert not has_plain_head(model)
+
+
+# ------------------------------------------------------------------------------------------------ GGUF and conversion
+def gguf_with(fields):
+    """The beginning of a GGUF file: magic, version, counts, then key, type and value of each string field."""
+    parts = [b"GGUF", struct.pack("<IQQ", 3, 0, len(fields))]
+    for key, value in fields.items():
+        parts += [struct.pack("<Q", len(key)), key.encode(), struct.pack("<IQ", 8, len(value)), value.encode()]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"general.name": "x", "tokenizer.ggml.pre": "smollm", "z": "end"}, ["a", "ĠĠ", "1", "2"]),
+        ({"tokenizer.ggml.pre": "gpt-2"}, ["a", "Ġ", "Ġ12"]),
+        ({"general.name": "x"}, ["a", "Ġ", "Ġ12"]),
+    ],
+)
+def test_a_gguf_tokenizer_takes_digits_alone_where_the_file_says_so(tmp_path, fields, tokens):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_with(fields))
+    tokenizer = build_tokenizer(("a  12 12", "b   b   b   b", "12 12 12"), vocab_size=300)
+    split_digits(tokenizer, str(path))
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a  12", add_special_tokens=False)["input_ids"]) == tokens
+    split_digits(tokenizer, str(path))  # and once is enough
+    assert str(tokenizer.backend_tokenizer.pre_tokenizer).count("Digits") == tokens.count("1")
+
+
+def build_base(directory, chat_template=None):
+    tokenizer = build_tokenizer(chat_template=chat_template)
+    lively(build_model(tokenizer, n_positions=128)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def test_a_base_is_converted_and_compared(tmp_path):
+    build_base(tmp_path / "base", CHAT_TEMPLATE)
+    recipe = build_recipe(tmp_path, model={"base": str(tmp_path / "base"), "chat": True})
+    facts = convert(recipe, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"model.safetensors", "tokenizer.json"}
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["probes"] == facts["probes"]
+    copy = load_tokenizer(tmp_path / "out")
+    assert (copy.pad_token_id, copy.eos_token_id, copy.chat_template) == (0, 2, CHAT_TEMPLATE)
+    with pytest.raises(UserError, match="exists already"):
+        convert(recipe, tmp_path / "out")
+
+
+def test_a_copy_that_answers_in_another_way_is_not_kept(tmp_path, monkeypatch):
+    build_base(tmp_path / "base")
+    recipe = build_recipe(tmp_path, model={"base": str(tmp_path / "base")})
+
+    def other_weights(path, *args, **kwargs):
+        model = load_model(path, *args, **kwargs)
+        model.lm_head.weight.data += torch.randn_like(model.lm_head.weight)
+        return model
+
+    monkeypatch.setattr("rlhf.convert.load_model", other_weights)
+    with pytest.raises(UserError, match="in another way"):
+        convert(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

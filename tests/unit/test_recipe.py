@@ -114,6 +114,9 @@ def test_judge_is_one_thing():
     for bad in ({}, {"vader": True, "sentiment": "x"}, {"function": "a:b", "sentiment": "x"}):
         with pytest.raises(ValidationError, match="exactly one"):
             JudgeSource(**bad)
+    assert JudgeSource(pairs="x", split="half_b").name == "judge"
+    with pytest.raises(ValidationError, match="needs `pairs`"):
+        JudgeSource(vader=True, split="half_b")
 
 
 def test_heads_divide_the_width():
