@@ -138,7 +138,7 @@ bench-env: $(CONSTRAINTS) ## prepare .venv-trl: TRL 1.12.0, which the benchmarks
 	@grep '^torch==' $(CONSTRAINTS) > .venv-trl/torch.txt
 	@.venv-trl/bin/python -m pip install --quiet $(PIP_ARGS) -r .venv-trl/torch.txt -r benchmarks/requirements-trl.txt
 
-bench: $(STAMP) ## speed beside TRL on this CPU, about 15 minutes; first `make bench-env` and `make sft reward` (docs/performance.md)
+bench: $(STAMP) ## speed beside TRL on this CPU, about 5 minutes; first `make bench-env` and `make sft reward` (docs/performance.md)
 	@$(PY) -m benchmarks.cpu --run "$(ARTIFACTS)/$(or $(RUN),tiny)"
 
 clean: ## remove caches (artifacts and .venv stay)

@@ -210,12 +210,15 @@ def context_of(recipe: Recipe, root: Path, run: str) -> StageContext:
 
 
 def finished_run_context(root: Path, run: Path, recipe: Recipe) -> StageContext:
-    """The ppo stage of `recipe` on the sft and reward artifacts of a finished run, which is only read."""
-    for stage in ("sft", "reward"):
-        link = root / recipe.name / stage
+    """The ppo stage of `recipe` on the sft and reward artifacts of a finished run, which is only read.
+
+    Its other reward models (`reward_b`) and cleaned data are there, too.
+    """
+    for path in [*run.glob("sft"), *run.glob("reward*"), *run.parent.glob("data")]:
+        link = root / path.name if path.name == "data" else root / recipe.name / path.name
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
-            link.symlink_to((run / stage).resolve())
+            link.symlink_to(path.resolve())
     return context_of(recipe, root, recipe.name)
 
 
@@ -236,7 +239,7 @@ def side_specs(ctx: StageContext, trl: dict[str, Any]) -> dict[str, dict[str, An
         "score_mean": statistics["mean"],
         "score_std": statistics["std"],
         "prompts": load_prompts(
-            ppo.data, ppo.split, Renderer(tokenizer, ctx.recipe.model.chat), ppo.max_prompt_length
+            ppo.data, ppo.split, Renderer(tokenizer, ctx.recipe.model.chat), ppo.max_prompt_length, root=ctx.root
         ).ids,
         "ppo": ppo.model_dump(mode="json"),
         # A model whose EOS lies outside of its logits never ends a response.

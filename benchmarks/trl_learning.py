@@ -4,7 +4,10 @@
     python -m benchmarks.trl_learning artifacts/tiny --workdir /tmp/learning --out benchmarks/results/learning.json
 
 Every seed of every side is a process; what is finished is not run again. Policies are saved along the way, and all are
-evaluated by rlhf.evaluation on the same held-out prompts with the same random numbers: scores are compared at equal KL.
+evaluated by rlhf.evaluation on the same held-out prompts with the same random numbers: scores are compared at equal KL,
+and so is the wall clock (compilation included, loading not) until TRL's last score is reached.
+
+`--precision bf16` is autocast over float32 weights on both sides, and frozen models in bf16.
 
 Matched: prompts, episodes, mini-batches, epochs, learning rate and its decay, Adam's epsilon, KL coefficient, GAE,
 clips, temperature, lengths, scale of scores (TRL's reward model applies mean and std itself), weights of the critic,
@@ -22,30 +25,36 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
+from transformers import PreTrainedModel
 
 from benchmarks.start import ENVIRONMENT, finished_run_context, side_specs
 from pipelines.cli import keep_freed_memory, setup_logging
-from rlhf.data import Renderer, load_data_recipe, load_rows
+from rlhf.data import Renderer
+from rlhf.evaluation import stage as evaluate_stage
 from rlhf.evaluation.policies import Scores
 from rlhf.models import load_model, load_tokenizer
 from rlhf.recipe import load_recipe
 from rlhf.sampling import fitting_rows, response_logprob_sums, sample_responses
-from rlhf.stage import StageContext, git_commit, package_versions
+from rlhf.stage import StageContext, git_commit, load_inputs, package_versions
 
 HERE = Path(__file__).resolve().parent
 MATCHED = ["ppo.missing_eos_mode=subtract", "ppo.best_metric=null", "ppo.eval_every=null"]
-MEASURES = ("judge", "vader", "reward", "kl", "objective", "length", "eos_rate")
+# Nothing of the run's own ppo stage is asked for.
+POLICIES = "evaluate.policies=[{artifact: sft}, {artifact: sft, best_of: 2}]"
+NO_SCORES = ("step", "seconds", "kl", "objective", "length", "eos_rate")
 
 
 def context(args: argparse.Namespace, seed: int) -> StageContext:
     """The ppo stage with this seed on the artifacts of the finished run."""
-    overrides = [*MATCHED, f"seed={seed}", "logging.report_to=[]", f"hardware.device={args.device}"]
-    overrides += ["hardware.precision=fp32", *args.overrides]
+    overrides = [*MATCHED, POLICIES, f"seed={seed}", "logging.report_to=[]", f"hardware.device={args.device}"]
+    overrides += [f"hardware.precision={args.precision}", *args.overrides]
     recipe = load_recipe(args.recipe, overrides)
     return finished_run_context(args.workdir / "artifacts", args.run, recipe)
 
@@ -55,6 +64,7 @@ def train(args: argparse.Namespace, side: str, seed: int, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     trl = {"trl_micro_batch": args.trl_micro_batch, "dtype": "float32", "device": args.device}
+    trl |= {"autocast": args.precision == "bf16"}
     spec = side_specs(context(args, seed), trl)[side] | {"out": str(out), "every": args.every}
     path = out / "spec.json"
     path.write_text(json.dumps(spec), encoding="utf-8")
@@ -75,24 +85,28 @@ class Evaluation:
 
     def __init__(self, ctx: StageContext) -> None:
         section, ppo = ctx.recipe.evaluate, ctx.recipe.ppo
-        self.ctx = ctx
+        self.ctx = ctx = replace(ctx, stage=evaluate_stage.STAGE)
+        load_inputs(ctx)  # the judges among them
         self.renderer = Renderer(load_tokenizer(ctx.inputs["sft"].model_dir), ctx.recipe.model.chat)
-        rows = load_rows(load_data_recipe(section.data or ppo.data), section.split, "prompts")
+        rows = ctx.rows(section.data or ppo.data, section.split, "prompts")
         fitting = fitting_rows(rows, self.renderer, ppo.max_prompt_length)
         self.prompts = [row["prompt"] for row in fitting[: section.prompts]]
         self.scores = Scores(ctx, {}, self.renderer.tokenizer.pad_token_id)
-        self.reference = load_model(ctx.inputs["sft"].model_dir).eval()
+        self.reference = self._load(ctx.inputs["sft"].model_dir)
+
+    def _load(self, directory: Path) -> PreTrainedModel:
+        return load_model(directory).to(PartialState().device).eval()
 
     def __call__(self, directory: Path) -> dict[str, float]:
         """Means over the responses of the policy in `directory`; sampling noise is the same for every policy."""
         ppo, pad = self.ctx.recipe.ppo, self.renderer.tokenizer.pad_token_id
-        model = load_model(directory).eval()
+        model = self._load(directory)
         samples = sample_responses(model, self.renderer, self.prompts, ppo.response_length, ppo.temperature, seed=0)
         own = response_logprob_sums(model, samples, ppo.temperature, pad)
         reference = response_logprob_sums(self.reference, samples, ppo.temperature, pad)
         result = {name: mean(values) for name, values in self.scores(samples).items()}
         result["kl"] = mean(a - b for a, b in zip(own, reference, strict=True))
-        result["objective"] = result["reward"] - ppo.kl_coef * result["kl"]
+        result["objective"] = result[self.scores.maximised] - ppo.kl_coef * result["kl"]
         return result | {"length": mean(samples.lengths), "eos_rate": samples.eos_rate}
 
 
@@ -106,7 +120,11 @@ def run_one(args: argparse.Namespace, side: str, seed: int, evaluation: Evaluati
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     sft = evaluation.ctx.inputs["sft"].model_dir
     folders = [sft, *sorted(out.glob("step_*"))]
-    curve = [{"step": 0 if path == sft else int(path.name[5:])} | evaluation(path) for path in folders]
+    seconds = {0: 0.0} | {row["ppo_step"]: row["seconds"] for row in rows}
+    steps = [0 if path == sft else int(path.name[5:]) for path in folders]
+    curve = [
+        {"step": step, "seconds": seconds[step]} | evaluation(path) for step, path in zip(steps, folders, strict=True)
+    ]
     result = {"side": side, "seed": seed, "train_seconds": rows[-1]["seconds"], "curve": curve}
     (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
@@ -138,33 +156,61 @@ def at_equal_kl(results: list[dict[str, Any]], measure: str) -> list[dict[str, f
     return rows
 
 
+def seconds_to_reach(results: list[dict[str, Any]], measure: str) -> list[dict[str, float]]:
+    """Wall clock until a saved policy of ours has TRL's last score, per seed that both have.
+
+    Returns:
+        Per seed: `score` of TRL's last policy, its `trl` seconds, and `ours`, or infinity if it was never reached.
+    """
+    curves = {(row["side"], row["seed"]): row["curve"] for row in results}
+    rows = []
+    for seed in sorted({row["seed"] for row in results}):
+        ours, trl = curves.get(("ours", seed)), curves.get(("trl", seed))
+        if ours and trl and "seconds" in trl[-1]:
+            reached = [point["seconds"] for point in ours if point[measure] >= trl[-1][measure]]
+            times = {"ours": min(reached, default=float("inf")), "trl": trl[-1]["seconds"]}
+            rows.append({"seed": seed, "score": trl[-1][measure]} | times)
+    return rows
+
+
 def spread(values: list[float]) -> str:
     """Mean and standard deviation."""
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    """Markdown: final values, and scores at equal KL."""
+    """Markdown: final values, scores at equal KL, and time to TRL's last scores."""
     sft = results[0]["curve"][0]
+    scores = [name for name in sft if name not in NO_SCORES]
+    measures = scores + [name for name in sft if name in NO_SCORES[2:]]
     sides = {side: [row for row in results if row["side"] == side] for side in ("ours", "trl")}
-    lines = ["| side | seeds | " + " | ".join(MEASURES) + " |", "| --- " * (len(MEASURES) + 2) + "|"]
-    lines.append("| SFT | - | " + " | ".join(f"{sft[name]:.3f}" for name in MEASURES) + " |")
+    lines = ["| side | seeds | " + " | ".join(measures) + " |", "| --- " * (len(measures) + 2) + "|"]
+    lines.append("| SFT | - | " + " | ".join(f"{sft[name]:.3f}" for name in measures) + " |")
     for side, rows in sides.items():
         if rows:
-            cells = [spread([row["curve"][-1][name] for row in rows]) for name in MEASURES]
+            cells = [spread([row["curve"][-1][name] for row in rows]) for name in measures]
             lines.append(f"| {side} | {len(rows)} | " + " | ".join(cells) + " |")
-    for measure in ("judge", "reward"):
-        rows = at_equal_kl(results, measure)
-        if not rows:
-            continue
-        lines += ["", f"| seed | KL | {measure}, ours | {measure}, TRL | ours - TRL | the same, mean over KL |"]
-        lines.append("| --- " * 6 + "|")
-        for row in rows:
-            numbers = [row["kl"], row["ours"], row["trl"], row["ours"] - row["trl"], row["along"]]
-            lines.append(f"| {row['seed']} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
-        gains = spread([row["ours"] - row["trl"] for row in rows]), spread([row["along"] for row in rows])
-        lines.append(f"| all | | | | {gains[0]} | {gains[1]} |")
+    for measure in scores:
+        lines += equal_kl_lines(at_equal_kl(results, measure), measure)
+    for measure in scores:
+        for row in seconds_to_reach(results, measure):
+            share = row["ours"] / row["trl"]
+            times = f"TRL {row['trl']:.0f} s, ours {row['ours']:.0f} s ({share:.2f})"
+            lines += ["", f"seed {row['seed']}, {measure} {row['score']:.3f}: {times}"]
     return "\n".join(lines)
+
+
+def equal_kl_lines(rows: list[dict[str, float]], measure: str) -> list[str]:
+    """Table of `at_equal_kl`."""
+    if not rows:
+        return []
+    lines = ["", f"| seed | KL | {measure}, ours | {measure}, TRL | ours - TRL | the same, mean over KL |"]
+    lines.append("| --- " * 6 + "|")
+    for row in rows:
+        numbers = [row["kl"], row["ours"], row["trl"], row["ours"] - row["trl"], row["along"]]
+        lines.append(f"| {row['seed']} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
+    gains = spread([row["ours"] - row["trl"] for row in rows]), spread([row["along"] for row in rows])
+    return [*lines, f"| all | | | | {gains[0]} | {gains[1]} |"]
 
 
 def parse() -> argparse.Namespace:
@@ -178,7 +224,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workdir", type=Path, required=True, help="policies and results; kept, to go on from")
     parser.add_argument("--trl-python", default=".venv-trl/bin/python", help="interpreter (a command) with TRL 1.12")
     parser.add_argument("--trl-micro-batch", type=int, default=64, help="episodes of TRL's forward and backward")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the training, in float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of both sides' training")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--every", type=int, default=5, help="updates between saved policies")
     parser.add_argument("--finished", action="store_true", help="train nothing, report what is finished in --workdir")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
@@ -208,6 +255,7 @@ def main() -> None:
             "overrides": [*MATCHED, *args.overrides],
             "every": args.every,
             "device": args.device,
+            "precision": args.precision,
         }
         about |= {"commit": git_commit(), "packages": package_versions()}
         args.out.parent.mkdir(parents=True, exist_ok=True)

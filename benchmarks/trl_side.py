@@ -37,11 +37,12 @@ def say(row: dict[str, Any]) -> None:
     print(MARK + json.dumps(row), flush=True)
 
 
-def load(spec: dict[str, Any], kind: str, name: str) -> Any:
-    """A model of SPEC in the dtype that it is trained or read in."""
+def load(spec: dict[str, Any], kind: str, name: str, frozen: bool = False) -> Any:
+    """A model of SPEC in the dtype that it is trained or, `frozen`, read in."""
     auto = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     extra = {} if kind == "causal" else {"num_labels": 1}
-    return auto.from_pretrained(spec[name], dtype=getattr(torch, spec["dtype"]), **extra)
+    dtype = "bfloat16" if frozen and spec.get("autocast") else spec["dtype"]
+    return auto.from_pretrained(spec[name], dtype=getattr(torch, dtype), **extra)
 
 
 def normalise(model: Any, mean: float, std: float) -> Any:
@@ -82,7 +83,7 @@ def config_of(spec: dict[str, Any], output_dir: str) -> PPOConfig:
         lr_scheduler_type="linear",
         seed=spec["seed"],
         use_cpu=spec["device"] == "cpu",
-        bf16=False,  # no autocast: the weights' own dtype is the one that is computed in
+        bf16=spec.get("autocast", False),  # without, the weights' own dtype is the one that is computed in
         gradient_checkpointing=False,
         num_sample_generations=0,
         report_to=[],
@@ -97,7 +98,8 @@ def build_trainer(spec: dict[str, Any], callback: TrainerCallback, output_dir: s
 
     Keys of `spec`: policy, reference, reward (model folders), score_mean, score_std, prompts (lists of token ids),
     ppo (our hyperparameters), trl_micro_batch (episodes of one forward and backward), stop_at_eos, dtype (of all
-    weights), device, seed, all_steps (below), peft (LoRA of the policy).
+    weights), autocast (bf16 over these, frozen models in bf16), device, seed, all_steps (below), peft (LoRA of the
+    policy).
 
     TRL 1.12 does not count its optimizer steps as its settings say. With several mini-batches it takes one step per PPO
     epoch all the same, because `accelerator.accumulate` counts the micro-batches of the whole rollout; and on the last
@@ -113,8 +115,8 @@ def build_trainer(spec: dict[str, Any], callback: TrainerCallback, output_dir: s
         args=config_of(spec, output_dir),
         processing_class=tokenizer,
         model=load(spec, "causal", "policy"),
-        ref_model=None if lora else load(spec, "causal", "reference"),
-        reward_model=normalise(load(spec, "score", "reward"), spec["score_mean"], spec["score_std"]),
+        ref_model=None if lora else load(spec, "causal", "reference", frozen=True),
+        reward_model=normalise(load(spec, "score", "reward", frozen=True), spec["score_mean"], spec["score_std"]),
         value_model=critic,
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[: spec["ppo"]["rollout_batch_size"]]),  # it wants one; it is not used

@@ -72,6 +72,7 @@ def setup_logging() -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Could not find a config file")  # peft, of a base that is a GGUF file
     sys.excepthook = hide_secrets
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -11,7 +11,7 @@ from benchmarks import cpu, reward_vs_trl
 from benchmarks.our_side import timed_step
 from benchmarks.ppo_vs_trl import WORKLOADS, summary, table
 from benchmarks.start import random_context, side_specs
-from benchmarks.trl_learning import at_equal_kl, at_kl, report
+from benchmarks.trl_learning import at_equal_kl, at_kl, report, seconds_to_reach
 from rlhf.models import load_tokenizer
 from rlhf.ppo.stage import build_trainer
 
@@ -65,6 +65,17 @@ def test_the_report_shows_means_and_spread() -> None:
         {"side": side, "seed": seed, "curve": [point, point | {"judge": value, "kl": 4.0}]}
         for side, seed, value in (("ours", 0, 2.0), ("ours", 1, 4.0), ("trl", 0, 1.0))
     ]
+    for row, seconds in zip(results, (40.0, 30.0, 80.0), strict=True):
+        row["curve"] = [
+            point | {"step": step, "seconds": seconds * step} for step, point in zip((0, 1), row["curve"], strict=True)
+        ]
+    text = report(results)
+    assert "seed 0, judge 1.000: TRL 80 s, ours 0 s (0.00)" in text  # as good as SFT, which is ours at the start
+    results[2]["curve"][1]["judge"] = 1.5
+    assert seconds_to_reach(results, "judge") == [{"seed": 0, "score": 1.5, "ours": 40.0, "trl": 80.0}]
+    results[2]["curve"][1]["judge"] = 9.0
+    assert seconds_to_reach(results, "judge")[0]["ours"] == float("inf")
+    results[2]["curve"][1]["judge"] = 1.0
     text = report(results)
     assert "| ours | 2 | 3.000 ± 1.414 |" in text and "| trl | 1 | 1.000 |" in text
     assert "| 0 | 4.000 | 2.000 | 1.000 | 1.000 | 0.500 |" in text
