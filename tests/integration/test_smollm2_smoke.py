@@ -1,4 +1,4 @@
-"""A real pretrained model through every stage: `make test-slow` with RLHF_DATA and the packages of the recipe's base."""
+"""SmolLM2 through every stage: `make test-slow`, with RLHF_DATA and the packages of the recipe's base."""
 
 import json
 import os
