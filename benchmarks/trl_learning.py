@@ -194,8 +194,9 @@ def report(results: list[dict[str, Any]]) -> str:
         lines += equal_kl_lines(at_equal_kl(results, measure), measure)
     for measure in scores:
         for row in seconds_to_reach(results, measure):
+            times = f"TRL {row['trl']:.0f} s, ours "
             share = row["ours"] / row["trl"]
-            times = f"TRL {row['trl']:.0f} s, ours {row['ours']:.0f} s ({share:.2f})"
+            times += f"{row['ours']:.0f} s ({share:.2f})" if np.isfinite(share) else "never"
             lines += ["", f"seed {row['seed']}, {measure} {row['score']:.3f}: {times}"]
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """From a data recipe to the rows of a stage: cleaned, derived, in a seeded order."""
 
+import hashlib
 import heapq
 import json
 import logging
@@ -69,7 +70,8 @@ def load_rows(
         known = detected(recipe)
         check_derivation(FORMATS[named(known)].native, kind)
         with _native(recipe, known, split, root) as (native, counts):
-            rows = _first_rows(_kind_rows(known, native, kind, seed, counts), limit, seed, _direction(recipe))
+            found = _distinct(_kind_rows(known, native, kind, seed, counts), known, kind, counts)
+            rows = _first_rows(found, limit, seed, _direction(recipe))
             counts.quarantine.check(recipe.max_bad_rows)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
@@ -220,6 +222,28 @@ def _kind_rows(
         for row in native_split
         for out in derive_rows(native, kind, [row], options, seed, counts.dropped)
     )
+
+
+def _distinct(
+    rows: Iterable[tuple[int, Row]], recipe: DataRecipe, kind: str, counts: Counts
+) -> Iterator[tuple[int, Row]]:
+    """Without what answers of one prompt become when the rest of their row is left out: the same prompt several times.
+
+    Rows that are used as they are written may repeat, and so may openings that two texts share.
+    """
+    native = FORMATS[named(recipe)].native
+    if native in (kind, "rated") or kind not in ("sft", "prompts"):
+        yield from rows
+        return
+    seen: set[bytes] = set()
+    for phase, row in rows:
+        content = json.dumps([row["prompt"], row.get("completion") if kind == "sft" else None], sort_keys=True)
+        key = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if key in seen:
+            counts.dropped["repeated"] += 1
+            continue
+        seen.add(key)
+        yield phase, row
 
 
 def _phase(row: dict[str, Any]) -> int:

@@ -26,8 +26,18 @@ from rlhf.data.recipe import DataRecipe, DefaultSteps, load_data_recipe
 from rlhf.data.sources import expanded, file_hash
 from rlhf.errors import UserError
 
-# What of a native row is text to train on; other columns reach reward functions as they are.
-TEXT_COLUMNS = ["text", "prompt", "completion", "chosen", "rejected", "response_a", "response_b", "responses", "turns"]
+# What of a native row is text to train on, by its kind; other columns reach reward functions as they are.
+TEXT_OF = {
+    "text": ["text"],
+    "rated": ["text"],
+    "sft": ["prompt", "completion"],
+    "thumbs": ["prompt", "completion"],
+    "preference": ["prompt", "chosen", "rejected"],
+    "pairs": ["prompt", "response_a", "response_b"],
+    "scored": ["prompt", "responses"],
+    "prompts": ["prompt", "turns"],
+}
+TEXT_COLUMNS = list(dict.fromkeys(column for columns in TEXT_OF.values() for column in columns))
 
 # Needs no model and suits every language. Not trimmed: the completion of a plain prompt begins with its space. Pairs
 # are looked at before duplicates go, which would hide contradictions. `repetition` reads answers alone, of pairs the
@@ -60,12 +70,12 @@ def steps_for(recipe: DataRecipe) -> list[StepConfig]:
 
     Steps without columns read those that hold text. The default steps hold `preferences`, which other formats skip.
     """
-    pairs = FORMATS[named(recipe)].native == "preference"
+    native = FORMATS[named(recipe)].native
     asked = [step for step in recipe.clean if not isinstance(step, DefaultSteps)]
     return [
-        step if step.columns else step.model_copy(update={"columns": TEXT_COLUMNS})
+        step if step.columns else step.model_copy(update={"columns": TEXT_OF[native]})
         for step in all_steps(recipe)
-        if pairs or step in asked or not isinstance(step, PreferenceStep)
+        if native == "preference" or step in asked or not isinstance(step, PreferenceStep)
     ]
 
 

@@ -86,7 +86,7 @@ def test_thumbs_become_pairs_where_a_prompt_has_both(tmp_path):
     assert pair["rejected"] in ("bad", "worse")
     liked = load_rows(recipe, "train", "sft")
     assert sorted(row["completion"] for row in liked) == ["alone", "good"]
-    assert len(load_rows(recipe, "train", "prompts")) == 4
+    assert sorted(row["prompt"] for row in load_rows(recipe, "train", "prompts")) == ["p", "q"]  # each once
 
 
 def test_scored_lists_become_the_best_against_a_lower_one(tmp_path):
@@ -168,6 +168,27 @@ def test_a_mixture_is_the_same_in_every_process(tmp_path):
 def test_wrong_mixtures_are_refused(fields, said):
     with pytest.raises(UserError, match=said):
         validate(DataRecipe, {"name": "x"} | fields, "x.yaml")
+
+
+def test_pairs_of_one_prompt_give_it_and_each_preferred_answer_once(tmp_path):
+    pairs = [("p", "a", "x"), ("p", "a", "y"), ("p", "b", "x"), ("q", "a", "x")]
+    rows = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in pairs]
+    recipe = recipe_of(tmp_path / "x.jsonl", rows, format="preference", **ALL)
+    answers = {(row["prompt"], row["completion"]) for row in load_rows(recipe, "train", "sft")}
+    assert answers == {("p", " a"), ("p", " b"), ("q", " a")} or answers == {("p", "a"), ("p", "b"), ("q", "a")}
+    assert len(load_rows(recipe, "train", "sft")) == 3
+    assert sorted(row["prompt"] for row in load_rows(recipe, "train", "prompts")) == ["p", "q"]
+    assert len(load_rows(recipe, "train", "preference")) == 4
+    written = [{"prompt": "p", "completion": "a"}] * 2  # as it stands there, twice
+    asked = recipe_of(tmp_path / "y.jsonl", written, format="prompt_completion", **ALL)
+    assert len(load_rows(asked, "train", "sft")) == 2
+
+
+def test_duplicates_are_told_by_what_is_trained_on(tmp_path):
+    """A column that no stage reads, called as one of another format, keeps no duplicate."""
+    rows = [{"prompt": "what is it", "completion": "a film", "rejected": text} for text in ("one thing", "another")]
+    recipe = recipe_of(tmp_path / "x.jsonl", rows, format="prompt_completion", **ALL | {"clean": [{"step": "default"}]})
+    assert len(load_rows(recipe, "train", "sft")) == 1
 
 
 def test_variables_in_paths(tmp_path, monkeypatch):
