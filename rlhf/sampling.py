@@ -18,6 +18,8 @@ from rlhf.ppo.generation import PlainGenerator
 from rlhf.ppo.generation.plain import left_pad
 from rlhf.ppo.rollout import uniforms
 
+FEWEST_ROWS, MOST_ROWS = 64, 256  # sampled at once
+
 
 @dataclass
 class Samples:
@@ -61,17 +63,21 @@ def sample_responses(
     seed: int,
     top_p: float = 1.0,
     stop_strings: list[str] | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     repetition_penalty: float = 1.0,
     draw: int = 0,
 ) -> Samples:
-    """One response per prompt; response i depends on the model, the prompt, the seed, `draw` and i alone."""
+    """One response per prompt; response i depends on the model, the prompt, the seed, `draw` and i alone.
+
+    `batch_size` None: `rows_at_once`.
+    """
     generator = PlainGenerator(
         model, renderer.tokenizer, stop_strings or [], autocast=dtype, repetition_penalty=repetition_penalty
     )
     ids = [renderer.prompt_ids(prompt) for prompt in prompts]
     noise = uniforms(len(ids), length, seed, *([draw] if draw else []))
+    batch_size = batch_size or rows_at_once(model, max(map(len, ids)) + length)
     response_ids, finished = [], []
     for first in range(0, len(ids), batch_size):
         part = slice(first, first + batch_size)
@@ -82,6 +88,22 @@ def sample_responses(
         finished += out.finished.tolist()
     texts = [renderer.decode_response(row) for row in response_ids]
     return Samples([renderer.prompt_text(p) for p in prompts], ids, texts, response_ids, finished)
+
+
+def rows_at_once(model: PreTrainedModel, tokens: int) -> int:
+    """Responses that are sampled together: 64; on a GPU, whose step takes as long for 256, up to so many.
+
+    As many, in steps of 64, as a quarter of the free memory holds float32 keys and values of `tokens` tokens for.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return FEWEST_ROWS
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = 2 * 4 * config.num_hidden_layers * heads * width * tokens
+    fits = torch.cuda.mem_get_info(device)[0] // 4 // row
+    return max(FEWEST_ROWS, min(MOST_ROWS, fits // FEWEST_ROWS * FEWEST_ROWS))
 
 
 @contextmanager

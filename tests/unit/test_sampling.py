@@ -1,11 +1,13 @@
 """Samples of published models, and what is measured on them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from rlhf.data import Renderer
-from rlhf.sampling import response_logprob_sums, sample_responses, score_sequences
+from rlhf.sampling import response_logprob_sums, rows_at_once, sample_responses, score_sequences
 from tests.builders import build_model, build_tokenizer
 from tests.ppo_toys import lively
 from tests.tolerances import assert_close
@@ -21,6 +23,21 @@ def model():
 @pytest.fixture
 def renderer():
     return Renderer(build_tokenizer(), chat=False)
+
+
+@pytest.mark.parametrize(
+    ("free", "rows"),
+    [(2**40, 256), (0, 64), (4 * 200 * 2048, 192)],  # a row of 16 tokens takes 8 * 1 layer * 2 heads * 8 * 16 bytes
+)
+def test_as_many_are_sampled_at_once_as_memory_allows(model, monkeypatch, free, rows):
+    assert rows_at_once(model, 16) == 64
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
+    on_gpu = SimpleNamespace(
+        config=model.config, parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))])
+    )
+    assert rows_at_once(on_gpu, 16) == rows
+    model.config.num_key_value_heads, model.config.head_dim = 1, 4  # a quarter of that for a token
+    assert rows_at_once(on_gpu, 64) == rows
 
 
 def test_samples_do_not_depend_on_the_batch_size(model, renderer):
