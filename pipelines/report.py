@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from pipelines.cli import check_folder, main
-from rlhf.artifacts import Artifact, check_name
+from rlhf.artifacts import MANIFEST, Artifact, check_name
+from rlhf.errors import UserError
 
 logger = logging.getLogger("rlhf")
 
@@ -36,9 +37,25 @@ def write(artifacts: Path, run: str, against: str | None) -> None:
     from rlhf.evaluation.curves import load_run
     from rlhf.report.page import write_page
 
-    other = None if against is None else load_run(against if os.sep in against else artifacts / against)
-    path = write_page(load_run(artifacts / run), other)
+    own, other = run_folder(artifacts, run, "--run"), None
+    if against is not None:
+        beside = artifacts / against
+        other = load_run(beside if beside.is_dir() else run_folder(Path(), against, "--against", artifacts))
+    path = write_page(load_run(own), other)
     logger.info("report: %s (%.1f MB, opens in any browser, offline)", path, path.stat().st_size / 1e6)
+
+
+def run_folder(parent: Path, name: str, option: str, artifacts: Path | None = None) -> Path:
+    """The folder of a run.
+
+    Raises:
+        UserError: there is none; names the runs of `artifacts` (None = `parent`).
+    """
+    if (parent / name).is_dir():
+        return parent / name
+    root = artifacts or parent
+    runs = sorted({path.parent.parent.name for path in root.glob(f"*/*/{MANIFEST}")} - {"data"})
+    raise UserError(f"report: {option} {name}: no such run in {root}: there are {', '.join(runs) or 'none'}")
 
 
 if __name__ == "__main__":

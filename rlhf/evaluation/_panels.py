@@ -83,7 +83,7 @@ def reward_against_kl(axes: Axes, history: pd.DataFrame | None) -> None:
         _, kl, score = evaluations
         axes.plot(
             kl, score, linestyle="none", marker="D", markersize=7, markerfacecolor="white",
-            markeredgecolor=COLOURS[1], markeredgewidth=1.8, zorder=3, label="held-out evaluation",
+            markeredgecolor=COLOURS[1], markeredgewidth=1.8, zorder=3, label="evaluation during training",
         )  # fmt: skip
     axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
 

@@ -128,7 +128,9 @@ def _data_arrow(data: Node, stage: Node) -> str:
 def _box(node: Node) -> str:
     y, height = (DATA_Y, DATA_HEIGHT) if node.kind == "data" else (STAGE_Y, HEIGHT)
     fits = LETTERS.get(node.kind, 18)
-    title = node.title if len(node.title) <= fits else node.title[: fits - 1] + "…"
+    title = node.title
+    if len(title) > fits:  # in the middle: names of one family differ at the end
+        title = f"{title[: fits // 2]}…{title[len(title) - (fits - 1 - fits // 2) :]}"
     lines = "".join(
         f"<text class='{'hash' if number == 0 and node.kind != 'outside' else 'small'}' x='{node.x + 12:.0f}' "
         f"y='{y + 40 + 18 * number}'>{escaped(line)}</text>"

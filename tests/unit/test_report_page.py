@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
+from pipelines.report import run_folder, write
 from rlhf.errors import UserError
 from rlhf.evaluation.curves import load_run
 from rlhf.evaluation.runs import evaluation_frame, headlines, recipe_differences
@@ -254,3 +255,14 @@ def test_a_damaged_reward_report_is_said_in_a_line(tmp_path):
     assert "report.json is damaged" in Elements(page(load_run(run))).text
     (folder / "report.json").write_text('{"schema": 0}', encoding="utf-8")
     assert "report.json is of another version" in Elements(page(load_run(run))).text
+
+
+def test_a_run_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    for place in ("careful/sft", "tiny/ppo", "data/pairs"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "manifest.json").write_text("{}")
+    assert run_folder(tmp_path, "tiny", "--run") == tmp_path / "tiny"
+    with pytest.raises(UserError, match=r"--run tyni: no such run in .*: there are careful, tiny$"):
+        run_folder(tmp_path, "tyni", "--run")
+    with pytest.raises(UserError, match=r"--against tyni: .*: there are careful, tiny$"):
+        write(tmp_path, "tiny", "tyni")
