@@ -77,8 +77,8 @@ label-select: $(STAMP) ## choose N pairs of DATA=recipe for annotators: METHOD=m
 label: $(STAMP) ## the labelling page for the pairs of DATA=recipe, on this machine alone: PORT=8765
 	@$(PY) -m pipelines.label --data "$(DATA)" --artifacts "$(ARTIFACTS)" $(if $(PORT),--port "$(PORT)")
 
-convert: $(STAMP) ## the base model of RECIPE as a plain folder OUT=bases/name, checked against what it came from
-	@$(PY) -m pipelines.convert --recipe "$(RECIPE)" --out "$(OUT)" $(SET)
+convert: $(STAMP) ## the base model of RECIPE as a plain folder OUT=bases/RECIPE, checked against what it came from
+	@$(PY) -m pipelines.convert --recipe "$(RECIPE)" --out "$(or $(OUT),bases/$(basename $(notdir $(RECIPE))))" $(SET)
 
 sft: $(STAMP) ## supervised fine-tuning (pretrain first, where the recipe asks for it)
 	@$(call UNFORCED,pretrain)
