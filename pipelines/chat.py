@@ -5,6 +5,7 @@ One prompt per line, from the terminal or a pipe. `/again` draws other answers, 
 """
 
 import argparse
+import io
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.cli import Parser, fail, setup_logging
+from pipelines.cli import BAD_INPUT, Parser, fail, setup_logging
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         chat = Chat(chat_context(Path(args.artifacts), args.run, args.stage, args.overrides))
     except UserError as error:
         return fail(str(error))
-    asks = sys.stdin.isatty()
+    asks, failed = sys.stdin.isatty(), False
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a pipe may hold anything
     if asks:
         print("One prompt per line; /again, /new, /quit. Scores of reward models: SFT samples have mean 0, std 1.")
     while True:
@@ -81,9 +84,14 @@ def main(argv: list[str] | None = None) -> int:
         said = respond(chat, line)
         if said is None:
             break
+        failed = failed or said.startswith("error: ")
         if said:
-            print(said, flush=True)
-    return 0
+            try:
+                print(said, flush=True)
+            except BrokenPipeError:  # `| head`: nobody reads on
+                sys.stdout = None  # type: ignore[assignment]  # or Python would try once more as it exits
+                break
+    return BAD_INPUT if failed and not asks else 0
 
 
 if __name__ == "__main__":

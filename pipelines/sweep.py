@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 from pipelines.cli import Parser, fail, setup_logging
-from rlhf.artifacts import check_name
+from rlhf.artifacts import MANIFEST, check_name
 from rlhf.errors import UserError
 from rlhf.evaluation.sweeps import SEED, Point, markdown, points, run_name, table
+from rlhf.recipe import Recipe, load_recipe
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
@@ -52,7 +53,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if len(names) < len(args.points):
         raise UserError("--over: two combinations make the same name of a run; leave one of the values out")
     args.base = check_name(args.base or Path(args.recipe).stem, "--base")
+    if args.csv and not Path(args.csv).absolute().parent.is_dir():
+        raise UserError(f"--csv {args.csv}: no such folder: make it first")
+    for point in args.points:
+        check_point(args, load_recipe(args.recipe, [*args.set, *settings_of(point)]))
     return args
+
+
+def settings_of(point: Point) -> list[str]:
+    """A combination as overrides."""
+    return [f"{key}={value}" for key, value in point.items()]
+
+
+def check_point(args: argparse.Namespace, recipe: Recipe) -> None:
+    """The stages that are not run again must be there, before a folder is made.
+
+    Raises:
+        UserError: one is missing.
+    """
+    root = Path(args.artifacts) / args.base
+    before = STAGES[: max(STAGES.index(stage) for stage in args.stages)]
+    named = {"sft", "reward"} & set(before) - set(args.stages)
+    wanted = [name for name in before if name in named and getattr(recipe, name) is not None]
+    missing = [stage for stage in wanted if not (root / stage / MANIFEST).is_file()]
+    if missing and not args.table_only:
+        raise UserError(f"--base {args.base}: no finished {missing[0]} in {root}: make it first, or name another run")
 
 
 def share(base: Path, run: Path, stages: list[str]) -> None:
@@ -75,7 +100,7 @@ def run_point(args: argparse.Namespace, point: Point) -> int:
     name, root = run_name(args.base, point), Path(args.artifacts)
     (root / name).mkdir(parents=True, exist_ok=True)
     share(root / args.base, root / name, args.stages)
-    settings = [f"{key}={value}" for key, value in point.items()]
+    settings = settings_of(point)
     for stage in (stage for stage in STAGES if stage in args.stages):
         print(f"{name}: {stage}", flush=True)
         command = [*shlex.split(args.launch), "-m", f"pipelines.{stage}", "--recipe", args.recipe]

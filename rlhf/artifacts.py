@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+# Files that need no training to be made again, and how.
+REMADE = dict.fromkeys(("report.json", "report.html"), "`make report STAGE=reward` makes it again")
 KEPT_POLICIES = "policies"  # in a ppo artifact: policies of earlier steps, for evaluation
 # What a later stage consumes. Logs, samples and cards hold times and text for people: redoing a stage with the same
 # outcome must not make the stages after it stale.
@@ -77,9 +79,23 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file, none if it is not there. Only \\n ends a line: strings may hold U+2028 and the like."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines if line]
+    """Objects of a JSONL file, none if it is not there. Only \\n ends a line: strings may hold U+2028 and the like.
+
+    Raises:
+        UserError: a line that is no object; names it.
+    """
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line:
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path} line {number}: damaged ({error}): redo the stage with FORCE=1") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path} line {number}: damaged (no object): redo the stage with FORCE=1")
+            rows.append(row)
+    return rows
 
 
 def hash_files(directory: Path) -> dict[str, str]:
@@ -164,25 +180,26 @@ class Artifact:
 
         return pandas.DataFrame(read_jsonl(self.path / "samples.jsonl"))
 
-    def verify(self) -> None:
-        """Compare every file with the manifest.
+    def verify(self, without: Collection[str] = ()) -> None:
+        """Compare every file, but those named in `without`, with the manifest.
 
         Raises:
             UserError: a file is missing, truncated or changed, or lies outside the artifact; names the first one.
         """
         for name, digest in self.manifest["files"].items():
-            path = self.path / name
+            if name in without:
+                continue
+            path, remedy = self.path / name, REMADE.get(name, "redo the stage with FORCE=1")
             if not path.resolve().is_relative_to(self.path.resolve()):
                 raise UserError(
                     f"artifact {self.path}: {MANIFEST} lists {name!r}, which lies outside the artifact: do not use it"
                 )
             if not path.is_file():
-                raise UserError(f"artifact {self.path}: {name} is missing: redo the stage with FORCE=1")
+                raise UserError(f"artifact {self.path}: {name} is missing: {remedy}")
             actual = sha256_file(path)
             if actual != digest:
                 raise UserError(
-                    f"artifact {self.path}: {name} is damaged (sha256 {actual[:12]}, manifest {digest[:12]}): "
-                    "redo the stage with FORCE=1"
+                    f"artifact {self.path}: {name} is damaged (sha256 {actual[:12]}, manifest {digest[:12]}): {remedy}"
                 )
 
 

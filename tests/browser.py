@@ -131,10 +131,12 @@ class Page:
 
     def click(self, selector: str, kind: str = "click") -> None:
         """A click (or kind="move": the pointer only) on the middle of an element."""
+        # Two frames later the picture has been drawn as scrolled: before, a busy machine's click hits what was there.
         box = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center', "
-            "behavior: 'instant'}); const b = e.getBoundingClientRect(); "
-            "return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            f"new Promise(done => {{ const e = document.querySelector({json.dumps(selector)}); "
+            "e.scrollIntoView({block: 'center', behavior: 'instant'}); "
+            "requestAnimationFrame(() => requestAnimationFrame(() => { const b = e.getBoundingClientRect(); "
+            "done([b.x + b.width / 2, b.y + b.height / 2]); })); })"
         )
         place = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
         for event in ("mouseMoved",) if kind == "move" else ("mouseMoved", "mousePressed", "mouseReleased"):

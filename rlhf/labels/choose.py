@@ -18,8 +18,9 @@ from rlhf.data.quarantine import Quarantine
 from rlhf.data.sources import describe, source_hash
 from rlhf.errors import UserError
 from rlhf.labels import features
-from rlhf.labels.records import VOTES, Row, decided, pair_id, read_labels, read_rows, verdict, write_rows
+from rlhf.labels.records import VOTES, Row, decided, pair_id, read_labels, read_rows, verdict, why_of, write_rows
 from rlhf.labels.selection import METHODS, NEEDS_MODEL, Array, Pool, prepared, select, sigmoid
+from rlhf.locks import locked
 from rlhf.yamlio import nearest
 
 logger = logging.getLogger(__name__)
@@ -91,15 +92,23 @@ def choose(choice: Choice, artifacts: Path, selected: Path, labels: Path) -> lis
     pool = _pool(choice, list(candidates.values()), known)
     found = select(choice.method, pool, choice.count, choice.seed)
     names = list(candidates)
-    why = {"method": choice.method, "round": 1 + max((row["why"]["round"] for row in before), default=0)}
+    why = {"method": choice.method, "round": 1 + max((why_of(row).get("round", 0) for row in before), default=0)}
     about = {"features": choice.features, "hash": _identity(choice), "labels": len(known)}
     origin = _origin(choice)
+    others = {str((row.get("from") or {}).get("source")) for row in before} - {str(origin["source"])}
+    if others:
+        logger.warning("%s: also holds pairs of %s: another --pairs keeps them apart", selected, ", ".join(others))
     new = [
         _row(names[row], candidates[names[row]], why | {"score": round(float(score), 6)}, origin, choice.seed)
         | {"model": about}
         for row, score in zip(found.rows, found.scores, strict=True)
     ]
-    write_rows(selected, [*before, *new])
+    selected.parent.mkdir(parents=True, exist_ok=True)
+    with locked(selected.with_name(f"{selected.name}.lock")):  # and what another process selected meanwhile stays
+        before = read_rows(selected) if selected.exists() else []
+        there = {row["pair"] for row in before}
+        new = [row for row in new if row["pair"] not in there]
+        write_rows(selected, [*before, *new])
     logger.info("%s: %d of %d pairs by %s, behind %d", selected, len(new), len(candidates), choice.method, len(before))
     return new
 

@@ -49,24 +49,37 @@ def read_rows(path: Path, columns: Mapping[str, Any] = _COLUMNS) -> list[Row]:
     """The rows of selected.jsonl or labels.jsonl.
 
     Raises:
-        UserError: no such file, or a line that is no such row. A last line without its end is left out: it was being
-            written when the machine stopped.
+        UserError: no such file, or a line that is no such row. Empty lines are passed over, and so is a part of a row
+            at the end: it was being written when the machine stopped.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        *lines, tail = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): `make label-select` writes the pairs") from error
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        wrong = [name for name, kind in columns.items() if not isinstance((row or {}).get(name), kind)]
+    for number, line in enumerate([*lines, tail] if _whole(tail) else lines, start=1):
+        if not line.strip():
+            continue
+        row = _object(line) or {}
+        wrong = [name for name, kind in columns.items() if not isinstance(row.get(name), kind)]
         if wrong:
             raise UserError(f"{path} line {number}: no row with {wrong[0]!r}: correct or remove the line")
         rows.append(row)
     return rows
+
+
+def _object(line: bytes) -> Row | None:
+    """What a line holds, if that is an object."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _whole(tail: bytes) -> bool:
+    """Whether what stands behind the last line end is a row all the same: some editors leave the end out."""
+    return _object(tail) is not None
 
 
 def read_labels(path: Path) -> list[Row]:
@@ -87,12 +100,20 @@ def read_labels(path: Path) -> list[Row]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Adds a line and waits until the disk has it. What an interrupted write left at the end of the file goes first."""
+    """Adds a line and waits until the disk has it.
+
+    A part of a row that an interrupted write left at the end goes first; a whole row without its line end stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "ab+") as file:
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if _whole(content[end:]):
+            file.write(b"\n")
+        else:
+            file.truncate(end)
         file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -139,6 +160,12 @@ def verdict(votes: Iterable[str]) -> tuple[str, float]:
     return winner, counts[winner] / counts.total()
 
 
+def why_of(row: Row) -> Row:
+    """How a pair was picked; nothing where its file does not say it."""
+    why = row.get("why")
+    return why if isinstance(why, dict) else {}
+
+
 def preferences(labels: Iterable[Row], ties: str = "drop", min_annotators: int = 1) -> Iterator[Row]:
     """Preference rows from labels: the majority of each pair's annotators.
 
@@ -169,7 +196,7 @@ def preferences(labels: Iterable[Row], ties: str = "drop", min_annotators: int =
                 "agreement": agreement,
                 "annotators": list(votes),
                 "labelled_at": max(vote["time"] for vote in votes.values()),
-                "method": row.get("why", {}).get("method"),
+                "method": why_of(row).get("method"),
                 "from": row.get("from"),
                 "model": row.get("model"),
             }

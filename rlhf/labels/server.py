@@ -152,6 +152,10 @@ class Handler(BaseHTTPRequestHandler):
             act()
         except Refused as refused:
             self._send(refused.status, "application/json", json.dumps({"error": str(refused)}))
+        except ConnectionError:
+            logger.info("label page: closed before it was answered")
+        except OSError as error:  # of the file of labels
+            self._send(500, "application/json", json.dumps({"error": f"not saved ({error.strerror})"}))
 
     def _get(self) -> None:
         url = urlsplit(self.path)
@@ -187,7 +191,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(413, f"a body of at most {MAX_BODY} bytes")
         try:
             body = json.loads(self.rfile.read(int(length)))
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
             raise Refused(400, "no JSON object")

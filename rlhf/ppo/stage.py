@@ -131,7 +131,7 @@ def check_reward_gate(ctx: StageContext) -> None:
             failed = [reason for reason in reasons if reason.startswith("FAIL")]
             raise UserError(
                 f"ppo.rewards: the gate of artifact {source.artifact} says {' | '.join(failed)}: mend the reward model "
-                "(report.html beside it has more), or set ppo.ignore_reward_gate=true"
+                "(report.html beside it has more), ask for less in reward.gate, or set ppo.ignore_reward_gate=true"
             )
         for reason in reasons:
             logger.warning("reward gate of %s: %s", source.artifact, reason)

@@ -241,7 +241,9 @@ def _rewards(run: Run) -> str:
         except json.JSONDecodeError as error:
             parts.append(_note(f"{name}/{REPORT} is damaged ({error}): `make report STAGE=reward` makes it again."))
             continue
-        if report.get("schema") == SCHEMA:
+        if not isinstance(report, dict):
+            parts.append(_note(f"{name}/{REPORT} is damaged: `make report STAGE=reward` makes it again."))
+        elif report.get("schema") == SCHEMA:
             parts.append(_reward(name, report))
         else:
             parts.append(_note(f"{name}/{REPORT} is of another version: `make report STAGE=reward` measures it again."))

@@ -362,7 +362,7 @@ def redo_report(recipe: Recipe, root: Path, run: str | None = None, folder: str 
                 f"{ctx.final}: was not made by this recipe ({'; '.join(changed[:3])}): give the settings that made it, "
                 "or `make reward` first"
             )
-        artifact.verify()
+        artifact.verify(without=(report.REPORT, report.PAGE))  # they are made anew
         renderer = Renderer(load_tokenizer(sft.model_dir), recipe.model.chat)
         (_, train_rows), (_, test_rows) = load_pairs(ctx, renderer)
         return report.redo(ctx, artifact, train_rows, test_rows)

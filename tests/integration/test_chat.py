@@ -83,6 +83,11 @@ def test_the_command_reads_a_pipe(ci_run, monkeypatch, capsys):
     assert command.main([*run, "--stage", "sft"]) == 0
     said = capsys.readouterr().out
     assert said.count("sft  [") == 1 and "ppo  [" not in said
+    raw = b"/again\nx\xff bad\n" + b"film " * 2000 + b"\nthe film\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+    assert command.main([*run, "--stage", "sft"]) == 2  # one was too long, and the others are answered
+    said = capsys.readouterr().out
+    assert said.count("error: ") == 2 and said.count("sft  [") == 2
     assert command.main([*run, "--stage", "ppo2"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: chat: no finished stage") and "ppo2" in error and error.count("\n") == 1

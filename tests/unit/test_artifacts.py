@@ -260,3 +260,24 @@ def test_write_json_leaves_the_old_file_when_it_dies(tmp_path, monkeypatch):
 def test_canonical_hash_ignores_the_order_of_keys():
     expected = hashlib.sha256('{"a": 1, "b": "é"}'.encode()).hexdigest()
     assert artifacts.sha256_json({"b": "é", "a": 1}) == artifacts.sha256_json({"a": 1, "b": "é"}) == expected
+
+
+@pytest.mark.parametrize("line", [b'{"step": 1, "prom', b"[1]", b"\xff"])
+def test_a_damaged_line_of_metrics_or_samples_is_named(tmp_path, line):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + line)
+    with pytest.raises(UserError, match=r"samples\.jsonl line 2: damaged"):
+        read_jsonl(path)
+
+
+def test_a_damaged_report_can_be_left_out_and_says_how_it_is_made_again(tmp_path):
+    final = tmp_path / "run" / "reward"
+    partial = partial_dir(final)
+    partial.mkdir(parents=True)
+    (partial / "report.json").write_text("{}")
+    finish(partial, {"stage": "reward"})
+    artifact = publish(partial, final)
+    (final / "report.json").write_text("{")
+    with pytest.raises(UserError, match=r"report\.json is damaged .*: `make report STAGE=reward` makes it again"):
+        artifact.verify()
+    artifact.verify(without=("report.json",))

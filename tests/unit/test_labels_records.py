@@ -13,6 +13,7 @@ from pipelines.status import status
 from rlhf.artifacts import sha256_json
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.errors import UserError
+from rlhf.labels import choose
 from rlhf.labels.records import append, decided, pair_id, preferences, read_labels, read_rows, verdict
 from rlhf.models import load_model, load_tokenizer
 from tests.builders import build_reward_artifact, build_sft_artifact, write_rows
@@ -72,6 +73,32 @@ def test_a_torn_line_is_left_out_and_then_replaced(tmp_path):
     assert read_labels(tmp_path / "none.jsonl") == []
 
 
+def test_a_whole_last_line_without_its_end_stays(tmp_path):
+    """Editors and scripts leave it out, before and while the page is open."""
+    path = tmp_path / "labels.jsonl"
+    append(path, vote("1", "ann", "a"))
+    append(path, vote("2", "王小明", "b"))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert [row["pair"] for row in read_labels(path)] == ["1", "2"]
+    append(path, vote("3", "bob", "tie"))
+    path.write_bytes(b"\n" + path.read_bytes()[:-1] + b"\n\n")  # empty lines are no rows
+    assert [row["annotator"] for row in read_labels(path)] == ["ann", "王小明", "bob"]
+
+
+@pytest.mark.parametrize("line", ["[1]", "5", '"abc"', "null", "[" * 100_000], ids=str.__len__)
+def test_a_line_that_is_no_object_is_named(tmp_path, line):
+    path = tmp_path / "labels.jsonl"
+    append(path, vote("1", "ann", "a"))
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match="line 2: no row with 'pair'"):
+        read_labels(path)
+
+
+def test_a_pair_that_does_not_say_why_it_was_picked_is_no_error():
+    rows = [vote("1", "ann", "a") | {"why": None}]
+    assert [row["method"] for row in preferences(rows)] == [None]
+
+
 def test_bad_files_say_where(tmp_path):
     path = write_rows(tmp_path / "labels.jsonl", [vote("p", "x", "a"), vote("p", "x", "maybe")])
     with pytest.raises(UserError, match=r"labels\.jsonl line 2: label 'maybe' is none of a, b, tie"):
@@ -128,6 +155,25 @@ def test_selection_is_written_for_annotators(tmp_path):
     second = read_rows(path)
     assert second[:8] == first
     assert len({row["pair"] for row in second}) == 20 and {row["why"]["round"] for row in second[8:]} == {2}
+
+
+def test_two_selections_at_once_lose_nothing(tmp_path, monkeypatch):
+    """A second one ends while the first selects."""
+    data = recipe(tmp_path, "mine", source={"files": str(write_rows(tmp_path / "p.jsonl", PAIRS))})
+    selected, labels = tmp_path / "labels" / "mine" / "selected.jsonl", tmp_path / "labels.jsonl"
+    select = choose.select
+
+    def slow(*args):
+        monkeypatch.setattr(choose, "select", select)
+        choose.choose(
+            choose.Choice(load_data_recipe(data), count=4, method="random", seed=1), tmp_path, selected, labels
+        )
+        return select(*args)
+
+    monkeypatch.setattr(choose, "select", slow)
+    new = choose.choose(choose.Choice(load_data_recipe(data), count=6, method="random"), tmp_path, selected, labels)
+    found = [row["pair"] for row in read_rows(selected)]
+    assert len(found) == len(set(found)) == 4 + len(new) > 6
 
 
 def test_labels_so_far_lead_the_selection(tmp_path):

@@ -75,6 +75,14 @@ def test_each_run_gets_its_values_and_a_failure_stops_the_sweep(tmp_path, capfd,
         encoding="utf-8",
     )
     arguments = ["--recipe", "ci", "--artifacts", str(tmp_path), "--launch", f"{sys.executable} {fake}"]
+    assert sweep.main([*arguments, "--over", "ppo.kl_coef=0.1,0.2"]) == 2
+    assert "--base ci: no finished sft in" in capfd.readouterr().err and not list(tmp_path.glob("ci*"))
+    for stage in ("sft", "reward"):
+        finished(tmp_path, "ci", stage, {})
+    assert sweep.main([*arguments, "--over", "ppo.kl_coeff=0.1,0.2"]) == 2
+    assert "kl_coef" in capfd.readouterr().err and len(list(tmp_path.glob("ci*"))) == 1
+    assert sweep.main([*arguments, "--over", "seed=0", "--csv", str(tmp_path / "no" / "x.csv")]) == 2
+    assert "no such folder" in capfd.readouterr().err
     code = sweep.main([*arguments, "--over", "ppo.kl_coef=0.1,0.2,0.3", "--set", "ppo.gamma=0.9"])
     called = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("[")]
     common = ["--recipe", "ci", "--artifacts", str(tmp_path), "--run"]
