@@ -210,9 +210,9 @@ def context_of(recipe: Recipe, root: Path, run: str) -> StageContext:
 
 
 def finished_run_context(root: Path, run: Path, recipe: Recipe) -> StageContext:
-    """The ppo stage of `recipe` on the sft and reward artifacts of a finished run, which is only read.
+    """The ppo stage of `recipe` on the sft and reward artifacts of a finished run, which are only read.
 
-    Its other reward models (`reward_b`) and cleaned data are there, too.
+    Its other reward models (`reward_b`) are there, too, and the cleaned data beside it, to which sets may be added.
     """
     for path in [*run.glob("sft"), *run.glob("reward*"), *run.parent.glob("data")]:
         link = root / path.name if path.name == "data" else root / recipe.name / path.name

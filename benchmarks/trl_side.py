@@ -223,7 +223,10 @@ class SavePolicy(TrainerCallback):
     """Writes `OUT/step_<n>/` every few updates and after the last; seconds and TRL's own metrics go to OUT."""
 
     def __init__(self, out: Path, every: int) -> None:
-        self.out, self.every, self.trainer = out, every, None
+        self.out, self.every, self.trainer, self.started = out, every, None, 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Models are loaded: the clock starts."""
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

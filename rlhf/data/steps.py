@@ -19,6 +19,7 @@ from rlhf.data.cleaning import (
 )
 from rlhf.data.cleaning.base import texts_of
 from rlhf.data.cleaning.contamination import EvalIndex, eval_index
+from rlhf.data.cleaning.duplicates import ExactStep, NearStep
 from rlhf.data.formats import FORMATS
 from rlhf.data.pipeline import Counts, detected, named, native_rows
 from rlhf.data.quarantine import Quarantine
@@ -26,7 +27,7 @@ from rlhf.data.recipe import DataRecipe, DefaultSteps, load_data_recipe
 from rlhf.data.sources import expanded, file_hash
 from rlhf.errors import UserError
 
-# What of a native row is text to train on, by its kind; other columns reach reward functions as they are.
+# What of a native row is text to train on, by its kind: what makes two rows the same.
 TEXT_OF = {
     "text": ["text"],
     "rated": ["text"],
@@ -37,6 +38,7 @@ TEXT_OF = {
     "scored": ["prompt", "responses"],
     "prompts": ["prompt", "turns"],
 }
+# Cleaned, whatever the format, should a row have them; other columns reach reward functions as they are.
 TEXT_COLUMNS = list(dict.fromkeys(column for columns in TEXT_OF.values() for column in columns))
 
 # Needs no model and suits every language. Not trimmed: the completion of a plain prompt begins with its space. Pairs
@@ -68,12 +70,16 @@ def all_steps(recipe: DataRecipe) -> list[StepConfig]:
 def steps_for(recipe: DataRecipe) -> list[StepConfig]:
     """The steps as they run on rows of the recipe's format (`detected`).
 
-    Steps without columns read those that hold text. The default steps hold `preferences`, which other formats skip.
+    Steps without columns read those that hold text, for duplicates those of the format. The default steps hold
+    `preferences`, which other formats skip.
     """
     native = FORMATS[named(recipe)].native
+    same = ExactStep | NearStep
     asked = [step for step in recipe.clean if not isinstance(step, DefaultSteps)]
     return [
-        step if step.columns else step.model_copy(update={"columns": TEXT_OF[native]})
+        step
+        if step.columns
+        else step.model_copy(update={"columns": TEXT_OF[native] if isinstance(step, same) else TEXT_COLUMNS})
         for step in all_steps(recipe)
         if native == "preference" or step in asked or not isinstance(step, PreferenceStep)
     ]

@@ -159,7 +159,9 @@ def test_a_manifest_cannot_name_a_file_outside(tmp_path, name):
 def test_an_artifact_may_itself_be_reached_through_a_link(tmp_path):
     artifact = build_sft_artifact(tmp_path / "disk")
     (tmp_path / "artifacts").symlink_to(tmp_path / "disk")
-    Artifact.load(tmp_path / "artifacts" / artifact.path.relative_to(tmp_path / "disk")).verify()
+    linked = Artifact.load(tmp_path / "artifacts" / artifact.path.relative_to(tmp_path / "disk"))
+    linked.verify()
+    assert linked.hash == artifact.hash
 
 
 @pytest.mark.parametrize("run", ["../out", "/tmp/out", "..", ".", ".hidden", "a/b", "a\nb"])

@@ -123,4 +123,5 @@ def test_where_nothing_can_be_written_nothing_is_locked(path, monkeypatch):
 
     monkeypatch.setattr(locks.os, "open", refuse)
     with locked(path):
-        pass
+        inside = True
+    assert inside and not path.exists()
