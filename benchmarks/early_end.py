@@ -5,8 +5,10 @@
 
 Lengths are drawn from a long tail (most responses are short, the longest has full length), the same for both sides.
 The last number of the vocabulary is EOS, and the random number that picks it stands where a response is to end. The
-padded side is the same trainer with two things taken away: a slot whose response ended is not refilled, and the rows of
-a forward are all as long as the longest prompt and response. The two take turns.
+padded side is the same trainer with three things taken away: a slot whose response ended is not refilled, the last
+responses do not go on in a smaller cache, and the rows of a forward are all as long as the longest prompt and response.
+The two take turns. A shape of micro-batch that comes for the first time costs some tenths of a second to record on a
+GPU: `--warmup` decides how many of those are in what is measured.
 """
 
 from __future__ import annotations
@@ -88,15 +90,17 @@ class Side:
 
     def step(self) -> dict[str, Any]:
         """One update."""
+        import rlhf.ppo.generation.compiled as generation
         import rlhf.ppo.rollout as module
 
-        ours = Rollout.batch, module.plan
+        ours = Rollout.batch, module.plan, generation.SHRINK
         if self.padded:
             Rollout.batch, module.plan = padded_batch, padded_plan  # type: ignore[method-assign,assignment]
+            generation.SHRINK = 1 << 30
         try:
             return timed_step(self.trainer)
         finally:
-            Rollout.batch, module.plan = ours  # type: ignore[method-assign]
+            Rollout.batch, module.plan, generation.SHRINK = ours  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ from rlhf.labels.features import embedding_differences, longer, pair_ids, state_
 from rlhf.labels.selection import METHODS, Pool, fit, prepared, select
 
 SETS = ("ukp_convarg1_dev", "rmb_harmless_dev")
+FULL_SETTINGS = ("epochs", "least_steps", "batch", "learning_rate", "max_length", "seeds", "method")
+SIDES = ("chosen_ids", "rejected_ids")
 SHARES = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 SEEDS = 5
 TEST_SHARE = 0.25  # of the topics or prompts
@@ -207,6 +209,13 @@ def full(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def full_report(old: dict[str, Any] | None, model: str, settings: dict[str, Any], sets: dict[str, Any]) -> dict:
+    """The sets measured now, beside those that were measured earlier with the same model and settings."""
+    new = {"model": model, "settings": settings}
+    same = old is not None and {key: old[key] for key in new} == new
+    return new | {"sets": (old["sets"] if old and same else {}) | sets}
+
+
 def full_set(args: argparse.Namespace, folder: str, tokenizer: Any, ids: Any, x: np.ndarray, groups: Any) -> dict:
     """Accuracies of one set by seed, and what 20 % of the labels keep of the full accuracy above chance."""
     arms: dict[str, list[float]] = {"all": [], "random": [], args.method: []}
@@ -228,35 +237,22 @@ def full_set(args: argparse.Namespace, folder: str, tokenizer: Any, ids: Any, x:
 def train_and_test(
     args: argparse.Namespace, folder: str, tokenizer: Any, ids: Any, rows: np.ndarray, test: np.ndarray, seed: int
 ) -> float:
-    """Held-out accuracy of a reward model trained with AdamW on the pairs `rows`, the learning rate linear to 0."""
-    import torch
+    """Held-out accuracy of a reward model that the reward stage's trainer made of the pairs `rows`."""
+    from datasets import Dataset
 
-    from rlhf.models import hidden_states, new_reward_model, trunk_of
-    from rlhf.ppo.generation.plain import left_pad
-    from rlhf.reward.losses import pairwise_loss
+    from benchmarks.reward_vs_trl import our_trainer, train_plain
+    from rlhf.models import new_reward_model
     from rlhf.sampling import score_sequences
 
-    model = new_reward_model(folder, seed).to(args.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    rng = np.random.default_rng([seed, 3])
-    order = np.concatenate([rng.permutation(rows) for _ in range(args.epochs)])
-    steps = math.ceil(len(order) / args.batch)
-    for step in range(steps):
-        batch = order[step * args.batch : (step + 1) * args.batch]
-        tokens, mask = left_pad([ids[side][row] for side in (0, 1) for row in batch], tokenizer.pad_token_id)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
-            states = hidden_states(trunk_of(model), tokens.to(args.device), mask.to(args.device))
-        scores = model.score(states[:, -1].float()).squeeze(-1)
-        loss = pairwise_loss(*scores.chunk(2))
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * (1 - step / steps)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    with torch.no_grad():
-        sides = [score_sequences(model, [side[row] for row in test], tokenizer.pad_token_id) for side in ids]
+    pairs = Dataset.from_dict({name: [side[row] for row in rows] for name, side in zip(SIDES, ids, strict=True)})
+    # So few labels are read more often: with as many passes there would be hardly a step.
+    epochs = max(args.epochs, math.ceil(args.least_steps * args.batch / len(rows)))
+    options = argparse.Namespace(**vars(args) | {"epochs": epochs, "compile": "off", "graphs": "auto"})
+    with tempfile.TemporaryDirectory() as root:
+        trainer = our_trainer(options, new_reward_model(folder, seed), tokenizer, pairs, Path(root), seed)
+        train_plain(trainer)
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    sides = [score_sequences(model, [side[row] for row in test], tokenizer.pad_token_id) for side in ids]
     return accuracy(np.array(sides[0]) - np.array(sides[1]))
 
 
@@ -348,8 +344,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", metavar="MODEL", help="train whole reward models from this folder, or recipe's base")
     parser.add_argument("--method", default="mix", choices=list(METHODS), help="of --full")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--least-steps", type=int, default=150, help="more epochs where labels are so few")
     parser.add_argument("--batch", type=int, default=16, help="pairs")
-    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--learning-rate", type=float, default=3e-5)
     parser.add_argument("--max-length", type=int, default=1024, help="tokens; longer pairs are left out of --full")
     return parser.parse_args(argv)
 
@@ -359,8 +356,8 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     report = json.loads(args.out.read_text()) if args.out.is_file() else {"shares": list(SHARES), "sets": {}}
     if args.full:
-        settings = {key: getattr(args, key) for key in ("epochs", "batch", "learning_rate", "max_length", "seeds")}
-        report["full"] = {"model": Path(args.full).name, "settings": settings, "sets": full(args)}
+        settings = {key: getattr(args, key) for key in FULL_SETTINGS}
+        report["full"] = full_report(report.get("full"), Path(args.full).name, settings, full(args))
     elif not args.table:
         for name in args.data:
             measure(args, name, report["sets"].setdefault(name, {}))

@@ -4,7 +4,7 @@
     python -m benchmarks.reward_vs_trl 135m --device cuda --model /path/of/base --data my_pairs
     python -m benchmarks.reward_vs_trl shrunk --pairs 256
 
-Both train one epoch from the same weights with the same number of pairs a step (`--batch`; TRL's default is 8) and the
+Both train from the same weights with the same number of pairs a step (`--batch`; TRL's default is 8) and the
 same learning rate, and are measured on the same held-out pairs. Each round has another seed. Without `--model` weights
 are random and pairs are made here: tokens of one kind are more frequent in the chosen response, lengths vary a lot.
 Tokens are real ones; padding counts as none. Runs in this project's environment: TRL still has this trainer.
@@ -124,7 +124,7 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "per_device_train_batch_size": args.batch,
         "learning_rate": args.learning_rate,
-        "num_train_epochs": 1,
+        "num_train_epochs": args.epochs,
         "save_strategy": "no",
         "disable_tqdm": True,
     }
@@ -160,7 +160,7 @@ SIDES = {"trl": trl_trainer, "ours": our_trainer}
 
 
 def run(side: str, args: argparse.Namespace, start: Any, tokenizer: Any, pairs: dict[str, Dataset], seed: int) -> dict:
-    """Train one epoch from `start` and measure it."""
+    """Train from `start` and measure it."""
     model = copy.deepcopy(start).to(args.device)
     clock = Clock(args.device, args.warmup)
     with tempfile.TemporaryDirectory() as directory:
@@ -250,6 +250,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=768, help="tokens of prompt and response")
     parser.add_argument("--batch", type=int, default=8, help="pairs of a step, both sides")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--compile", choices=("on", "off"), help="of ours; default: on a GPU")
     parser.add_argument("--graphs", choices=("on", "off"), help="CUDA graphs of ours; default: on a GPU")
     parser.add_argument("--rounds", type=int, default=2)

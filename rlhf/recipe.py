@@ -186,7 +186,7 @@ class RewardSection(Section):
         "auto", description="torch.compile of the transformer blocks. auto: on a GPU, from 1000 optimizer steps on."
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
-        "off", description="Training steps as CUDA graphs, as `ppo.cuda_graphs`. Not with dropout or lm_coef."
+        "auto", description="Training steps as CUDA graphs, as `ppo.cuda_graphs`. Not with dropout or lm_coef."
     )
     baselines: bool = Field(True, description="Report length-only and TF-IDF baselines beside the accuracy.")
     loss: Literal["bradley_terry", "smoothed", "robust"] = Field(
