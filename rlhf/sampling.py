@@ -152,8 +152,9 @@ def score_sequences(
         rows = order[first : first + batch_size]
         input_ids, attention_mask = left_pad([sequences[i] for i in rows], pad_id)
         input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+        positions = position_ids(attention_mask)
         out = model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask)
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
         )
         values = model.score(out.last_hidden_state[:, -1].to(model.score.weight.dtype)).squeeze(-1).float()
         for row, value in zip(rows, values.tolist(), strict=True):
