@@ -70,8 +70,9 @@ pretrain: $(STAMP) ## make the base model, where the recipe asks for it
 data: $(STAMP) ## clean one data recipe (RECIPE=hh_rlhf or a path) into ARTIFACTS/data/NAME, with manifest, card and bad rows
 	@$(PY) -m pipelines.data --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(FORCE),--force) $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
-label-select: $(STAMP) ## choose N pairs of DATA=recipe for annotators: METHOD=mix FEATURES=words|folder|sft REWARD="reward reward_b"
+label-select: $(STAMP) ## choose N pairs of DATA=recipe for annotators: METHOD=mix FEATURES=words|folder|sft REWARD="reward reward_b" SPLIT=train SEED=0 MAX_LENGTH=512
 	@$(PY) -m pipelines.label_select --data "$(DATA)" $(if $(N),--count "$(N)") $(if $(METHOD),--method "$(METHOD)") $(if $(FEATURES),--features "$(FEATURES)") \
+	  $(if $(SPLIT),--split "$(SPLIT)") $(if $(SEED),--seed "$(SEED)") $(if $(MAX_LENGTH),--max-length "$(MAX_LENGTH)") \
 	  $(if $(REWARD),--reward $(REWARD)) --recipe "$(RECIPE)" $(if $(RUN),--run "$(RUN)") --artifacts "$(ARTIFACTS)"
 
 label: $(STAMP) ## the labelling page for the pairs of DATA=recipe, on this machine alone: PORT=8765

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from pipelines.cli import Parser, fail, setup_logging
-from rlhf.artifacts import MANIFEST, check_name
+from rlhf.artifacts import MANIFEST, Artifact, check_name
 from rlhf.errors import UserError
 from rlhf.evaluation.sweeps import SEED, Point, markdown, points, run_name, table
 from rlhf.recipe import Recipe, load_recipe
@@ -95,6 +95,24 @@ def share(base: Path, run: Path, stages: list[str]) -> None:
         half.rename(run / stage)
 
 
+def check_shared(args: argparse.Namespace) -> None:
+    """One table compares settings alone: all runs stand on the same stages.
+
+    Raises:
+        UserError: a stage that is not run again was made anew since a run took it over.
+    """
+    root = Path(args.artifacts)
+    for stage in (stage for stage in STAGES if stage not in args.stages):
+        places = {name: root / name / stage for name in [args.base, *(run_name(args.base, p) for p in args.points)]}
+        hashes = {name: Artifact.load(place).hash for name, place in places.items() if (place / MANIFEST).is_file()}
+        others = [name for name, found in hashes.items() if found != next(iter(hashes.values()))]
+        if others:
+            raise UserError(
+                f"sweep: {places[others[0]]} is not the {stage} of {next(iter(hashes))}, which was made again since: "
+                f"move {root / others[0]} away, or name the run that it was made from (--base)"
+            )
+
+
 def run_point(args: argparse.Namespace, point: Point) -> int:
     """All stages of one run; returns the first exit code that is not 0."""
     name, root = run_name(args.base, point), Path(args.artifacts)
@@ -115,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     try:
         args = parse(argv)
+        check_shared(args)
         for point in args.points if not args.table_only else []:
             code = run_point(args, point)
             if code:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 DATA = "data"  # folder of prepared sets below the artifact directory
 
+SOURCE = "source"  # column of a mixture's pairs: the part that they are of
+
 
 def load_rows(
     recipe: DataRecipe,
@@ -64,8 +66,10 @@ def load_rows(
         raise UserError(f"{where}: limit is {limit}; must be at least 1, or null for all rows")
     seed = recipe.split.seed if seed is None else seed
     if recipe.mixture:
-        rows = _mixed_rows(recipe, split, kind, seed, root)
-        return sorted(rows, key=lambda row: order_key(row, seed))[:limit]
+        mixed = _mixed_rows(recipe, split, kind, seed, root)
+        ordered = sorted(mixed, key=lambda item: order_key(item[1], seed))[:limit]
+        # Of pairs the part is a slice of the reward report.
+        return [{SOURCE: name} | row if kind == "preference" else row for name, row in ordered]
     try:
         known = detected(recipe)
         check_derivation(FORMATS[named(known)].native, kind)
@@ -169,10 +173,10 @@ def parts_of(recipe: DataRecipe) -> list[DataRecipe]:
     return parts
 
 
-def _mixed_rows(recipe: DataRecipe, split: str, kind: str, seed: int, root: Path | None) -> list[Row]:
+def _mixed_rows(recipe: DataRecipe, split: str, kind: str, seed: int, root: Path | None) -> list[tuple[str, Row]]:
     """Of each part its share of the largest mixture that needs no row twice, the first ones in their seeded order.
 
-    Without fractions all rows of all parts.
+    Without fractions all rows of all parts. Each as (name of its part, row).
     """
     parts = parts_of(recipe)
     if len({(part.split.by, part.split.seed, str(part.split.shares)) for part in parts}) > 1:
@@ -198,7 +202,7 @@ def _mixed_rows(recipe: DataRecipe, split: str, kind: str, seed: int, root: Path
             f"data recipe {recipe.name!r}, split {split!r}: {share:.3f} of the rows are synthetic, more than "
             f"max_synthetic {recipe.max_synthetic:g}; lower the fractions of such parts"
         )
-    return [row for rows in taken for row in rows]
+    return [(part.name, row) for part, rows in zip(parts, taken, strict=True) for row in rows]
 
 
 def _synthetic(parts: list[tuple[bool | None, int]]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rlhf.errors import UserError
 from rlhf.evaluation.statistics import Interval, bootstrap_interval
+from rlhf.reward.gate import Check, Verdict
 
 
 def best_of_n_kl(n: int) -> float:
@@ -158,6 +159,34 @@ def findings(
                 )
                 found.append({"kind": kind, "score": score, "text": text, **as_dict(interval)})
     return found
+
+
+REMEDIES = {
+    "over_optimised": "keep the earlier step, raise ppo.kl_coef or set ppo.kl_target",
+    "beaten_by_best_of_n": "train longer at a higher ppo.kl_coef, or serve best-of-n",
+}
+
+
+def policy_gate(curve: Mapping[str, Any]) -> list[Check]:
+    """What is to be said of the published policy: over-optimised fails, beaten by best-of-n and not judged warn.
+
+    Args:
+        curve: from `rlhf.evaluation.stage.reward_against_kl`; one without steps of PPO gives no checks.
+    """
+    if not curve["steps"]:
+        return []
+    if not curve["unseen"]:
+        reason = "every score is one that PPO maximised, which rises also where the text gets worse"
+        return [Check("held-back score", "warn", reason, "add one to evaluate.judges")]
+    checks = []
+    for kind, remedy in REMEDIES.items():
+        found = [finding for finding in curve["findings"] if finding["kind"] == kind]
+        worse: Verdict = "fail" if kind == "over_optimised" else "warn"
+        checks += [Check(kind, worse, finding["text"].removeprefix(f"{kind}: "), remedy) for finding in found]
+        if not found:
+            place = "at an earlier kept step" if kind == "over_optimised" else "with best-of-n for no more KL"
+            checks.append(Check(kind, "pass", f"no score that PPO did not see was surely higher {place}"))
+    return checks
 
 
 def as_dict(interval: Interval) -> dict[str, float]:

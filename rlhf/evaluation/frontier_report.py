@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.evaluation._panels import COLOURS, GREY, tidy
+from rlhf.evaluation.frontier import policy_gate
+from rlhf.reward.gate import Verdict, verdict
+from rlhf.reward.gate import lines as gate_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,10 +39,20 @@ def sentences(curve: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Published is step {curve['published']}. The best of the kept steps is {', '.join([*unseen, rewarded])}."
         )
-        lines += [f"{finding['text']}." for finding in curve["findings"]]
-        if not curve["findings"]:
+        checks = policy_gate(curve)
+        lines.append(f"Gate of the policy: {verdict(checks).upper()}.")
+        lines += [f"{line}." for line in gate_lines(checks)]
+        if verdict(checks) == "pass":
             lines.append("No score that PPO did not see was surely higher at an earlier step or with best-of-n.")
     return lines
+
+
+def outcome(curve: Mapping[str, Any] | None) -> tuple[Verdict, str] | None:
+    """Verdict of the policy's gate and the names of what did not pass; None where there is nothing to judge."""
+    checks = policy_gate(curve) if curve else []
+    if not checks:
+        return None
+    return verdict(checks), ", ".join(dict.fromkeys(check.name for check in checks if check.verdict != "pass"))
 
 
 def plot_frontier(curve: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -89,7 +102,7 @@ def _against_kl(axes: Axes, curve: Mapping[str, Any], score: str) -> None:
         "maximised by PPO" if score == curve["trained"] else "not seen by PPO" if score in curve["unseen"] else "part"
     )
     axes.set_title(f"{score} ({kind})", fontsize=11)
-    axes.set_xlabel("KL to the SFT model, nats per response")
+    axes.set_xlabel("KL to the reference, nats per response")
     axes.set_ylabel(f"mean {score}")
     axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
     tidy(axes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,11 +43,31 @@ def length_controlled_win_rate(
     Raises:
         UserError: different lengths, no values, a value that is not finite.
     """
-    given = {"scores": a, "baseline scores": b, "lengths": lengths_a, "baseline lengths": lengths_b}
+    given = {"scores": a, "baseline scores": b}
     lists = {name: finite(values, f"length-controlled win rate: {name}") for name, values in given.items()}
     check_same_length(lists)
-    first, second, own, others = lists.values()
-    wins, difference = (first > second) + 0.5 * (first == second), own - others
+    first, second = lists.values()
+    wins = (first > second) + 0.5 * (first == second)
+    options: dict[str, Any] = {"clusters": clusters, "confidence": confidence}
+    return at_equal_length(wins, lengths_a, lengths_b, num_resamples=num_resamples, seed=seed, **options)
+
+
+def at_equal_length(
+    wins: ArrayLike,
+    lengths_a: ArrayLike,
+    lengths_b: ArrayLike,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """`length_controlled_win_rate` of verdicts: `wins` [N] are 1, 0, or between where a judge was of two minds."""
+    given = {"wins": wins, "lengths": lengths_a, "baseline lengths": lengths_b}
+    lists = {name: finite(values, f"length-controlled win rate: {name}") for name, values in given.items()}
+    check_same_length(lists)
+    wins, own, others = lists.values()
+    difference = own - others
     spread = difference.std()
     x = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
     estimate = _at_equal_length(np.ones((1, len(wins))), wins, x)[0]

@@ -143,7 +143,7 @@ def write_report(
         [
             f"# {others} against {first}",
             "",
-            f"{result['num_responses']:,} responses to {result['num_prompts']:,} held-out prompts. "
+            f"{result['num_responses']:,} responses to {result['num_prompts']:,} held-out prompts{sampled(result)}. "
             "Brackets hold 95 % bootstrap intervals over prompts; a tie counts as half a win.",
             "",
             comparison_table(result),
@@ -163,6 +163,18 @@ def write_report(
     path = directory / REPORT_NAME
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def sampled(result: Mapping[str, Any]) -> str:
+    """`, sampled at temperature 0.7, top-p 1, ...`; nothing where it was not recorded."""
+    knobs = result.get("sampling")
+    if not knobs:
+        return ""
+    penalty = f", repetition penalty {knobs['repetition_penalty']:g}" if knobs["repetition_penalty"] != 1 else ""
+    return (
+        f", sampled at temperature {knobs['temperature']:g}, top-p {knobs['top_p']:g}{penalty}, "
+        f"at most {knobs['response_length']} tokens"
+    )
 
 
 def _frontier_section(result: Mapping[str, Any], directory: Path) -> list[str]:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from rlhf.errors import UserError
 from rlhf.evaluation.curves import Run
+from rlhf.evaluation.frontier_report import outcome
 from rlhf.evaluation.report import comparison_rows, main_judge, with_interval
 
 ABSENT = "-"
@@ -22,8 +23,10 @@ def check_names(runs: Sequence[Run]) -> None:
         UserError: no runs, or two of one name.
     """
     names = [run.name for run in runs]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"runs {names}: cannot be compared: give at least one, each with a name of its own")
+    if not names:
+        raise UserError("no runs to compare: give at least one")
+    if len(set(names)) < len(names):
+        raise UserError(f"runs {', '.join(names)}: two have one name and cannot be told apart: give another run")
 
 
 def recipe_of(run: Run) -> dict[str, Any]:
@@ -97,6 +100,8 @@ def _evaluated(run: Run) -> dict[str, str]:
     found |= {
         f"evaluate: {score}, mean": with_interval(metrics, f"{last}/{score}_mean", 3) for score in result["scores"]
     }
+    gate = outcome(result.get("frontier"))
+    found["evaluate: gate of PPO's policy"] = ABSENT if gate is None else " ".join(filter(None, gate))
     found["evaluate: KL, nats per response"] = with_interval(metrics, f"{last}/kl_mean", 2)
     found["evaluate: length, tokens"] = with_interval(metrics, f"{last}/length_mean", 1)
     found["evaluate: distinct-2"] = with_interval(metrics, f"{last}/distinct_2", 3)

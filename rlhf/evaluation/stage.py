@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from rlhf.artifacts import Artifact, sha256_file
+from rlhf.artifacts import MANIFEST, Artifact, sha256_file
 from rlhf.data import Renderer
 from rlhf.errors import UserError
 from rlhf.evaluation import frontier
@@ -29,13 +29,15 @@ from rlhf.evaluation.policies import (
     sampling_settings,
     step_dir,
 )
-from rlhf.evaluation.ranking import length_controlled_win_rate
+from rlhf.evaluation.ranking import at_equal_length
 from rlhf.evaluation.report import write_report
 from rlhf.evaluation.statistics import bootstrap_interval
 from rlhf.functions import load_function, source_hashes
 from rlhf.logs import append_row
 from rlhf.models import check_position_limit, compute_dtype, load_model, load_tokenizer
 from rlhf.recipe import LlmJudgeSection, Recipe
+from rlhf.reward.gate import lines as gate_lines
+from rlhf.reward.gate import verdict
 from rlhf.sampling import Samples, fitting_rows
 from rlhf.stage import Stage, StageContext
 
@@ -67,6 +69,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
     if not PartialState().is_main_process:
         return {}
     section = ctx.recipe.evaluate
+    name_idle_rewards(ctx)
     set_seed(ctx.seed)
     tokenizer = load_tokenizer(ctx.inputs["sft"].model_dir)
     renderer = Renderer(tokenizer, ctx.recipe.model.chat)
@@ -84,15 +87,26 @@ def build(ctx: StageContext) -> dict[str, Any]:
     result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed) | {"sampling": settings}
     if section.llm_judge is not None:
         ask_llm(section.llm_judge, policies, result, {"num_resamples": section.bootstrap, "seed": ctx.seed})
+    checks = []
     if section.best_of_n > 1:
         result["frontier"] = reward_against_kl(ctx, sampler, scores)
+        checks = frontier.policy_gate(result["frontier"])
     trained = ppo_artifact(ctx)
     history = trained.metrics() if trained else None
     write_report(ctx.dir, result, policies, history, judge=headline_judge(ctx.recipe), seed=ctx.seed)
     for policy, samples in evaluated:
         _write_samples(ctx.dir, policy, samples)
     append_row(ctx.dir / "metrics.jsonl", {"step": 0} | result["metrics"])
-    return {"metrics": result["metrics"], "comparison": result}
+    found = {"metrics": result["metrics"], "comparison": result}
+    return found | ({"gate": {"verdict": verdict(checks), "reasons": gate_lines(checks)}} if checks else {})
+
+
+def name_idle_rewards(ctx: StageContext) -> None:
+    """Say which reward models of the run score nothing: each that PPO did not maximise could be a judge."""
+    for path in sorted(ctx.final.parent.glob(f"*/{MANIFEST}")):
+        name = path.parent.name
+        if name not in ctx.inputs and json.loads(path.read_text(encoding="utf-8")).get("stage") == "reward":
+            logger.info("evaluate: %s is in this run, too: name it in evaluate.judges to have its score", name)
 
 
 def ask_llm(
@@ -107,9 +121,7 @@ def ask_llm(
         verdicts = judge_pairs(section, prompts, policy.responses[:count], first.responses[:count])
         pair, wins = f"{policy.name}_vs_{first.name}", verdicts.wins
         rate = bootstrap_interval(wins, clusters=prompts, **options)
-        equal = length_controlled_win_rate(
-            wins, [0.5] * count, policy.lengths[:count], lengths, clusters=prompts, **options
-        )
+        equal = at_equal_length(wins, policy.lengths[:count], lengths, clusters=prompts, **options)
         result["metrics"] |= with_limits(f"{pair}/win_rate_{section.name}", rate)
         result["metrics"] |= with_limits(f"{pair}/lc_win_rate_{section.name}", equal)
         result["metrics"][f"{pair}/order_agreement_{section.name}"] = verdicts.agreement
@@ -149,8 +161,8 @@ def reward_against_kl(ctx: StageContext, sampler: Sampler, scores: Scores) -> di
             "best_steps": {name: frontier.best_step(points, name) for name in columns},
             "findings": frontier.findings(rows, points, published, scores.unseen, **options),
         }
-        for finding in curve["findings"]:
-            logger.warning("%s", finding["text"])
+        for line in gate_lines(frontier.policy_gate(curve)):
+            logger.warning("%s", line)
     for row in [*rows, *curve["steps"]]:
         for point in row["scores"].values():
             point.pop("by_prompt")

@@ -166,7 +166,8 @@ def _differences(choice: Choice, pairs: Sequence[Row]) -> Array:
 
     model_dir = Artifact.load(path).model_dir
     model = load_model(model_dir, "score" if path.name.startswith("reward") else "causal")
-    return features.state_differences(pairs, model.eval(), _renderer(model_dir, choice.chat), choice.max_length)
+    longest = _longest(choice, model_dir)
+    return features.state_differences(pairs, model.eval(), _renderer(model_dir, choice.chat), longest)
 
 
 def _probabilities(choice: Choice, path: Path, pairs: Sequence[Row]) -> Array:
@@ -179,10 +180,22 @@ def _probabilities(choice: Choice, path: Path, pairs: Sequence[Row]) -> Array:
     artifact = Artifact.load(path)
     renderer = _renderer(artifact.model_dir, choice.chat)
     model = load_model(artifact.model_dir, "score").eval()
-    ids = [[features.pair_ids(pair, side, renderer)[-choice.max_length :] for pair in pairs] for side in SIDES]
+    longest = _longest(choice, artifact.model_dir)
+    ids = [[features.pair_ids(pair, side, renderer) for pair in pairs] for side in SIDES]
+    cut = sum(max(map(len, both)) > longest for both in zip(*ids, strict=True))
+    if cut:
+        logger.warning("%s: reads the last %d tokens of %d longer pairs (of %d)", path, longest, cut, len(pairs))
+    ids = [[row[-longest:] for row in side] for side in ids]
     with torch.no_grad():
         a, b = (np.array(score_sequences(model, side, renderer.tokenizer.pad_token_id)) for side in ids)
     return sigmoid(a - b)
+
+
+def _longest(choice: Choice, model_dir: Path) -> int:
+    """Tokens that a model is given: no more than it has positions."""
+    from rlhf.models import position_limit
+
+    return min(choice.max_length, position_limit(model_dir) or choice.max_length)
 
 
 def _renderer(model_dir: Path, chat: bool) -> Any:

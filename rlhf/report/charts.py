@@ -57,7 +57,7 @@ def _one(key: str) -> list[tuple[str, str]]:
 
 
 TRAINER = [
-    Chart("Loss", "nats per token or pair", [("loss", "training"), ("eval_loss", "held-out")]),
+    Chart("Loss", "nats per token; of a reward model, per pair", [("loss", "training"), ("eval_loss", "held-out")]),
     Chart("Accuracy", "share of pairs ranked right", [("accuracy", "training"), ("eval_accuracy", "held-out")]),
     Chart("Margin", "chosen minus rejected score", _one("margin")),
     Chart("Right tokens", "share", _one("mean_token_accuracy")),
@@ -214,11 +214,12 @@ def _grid(place: Scale, rows: Sequence[float], columns: Sequence[float]) -> list
         f"<text class='tick' x='{LEFT - 6}' y='{place.y(tick) + 3.5:.1f}' text-anchor='end'>{_number(tick)}</text>"
         for tick in rows
     ]
-    return lines + [
-        f"<text class='tick' x='{place.x(tick):.1f}' y='{HEIGHT - BOTTOM + 16}' text-anchor='middle'>"
-        f"{_number(tick)}</text>"
-        for tick in columns
-    ]
+    for tick in columns:
+        x, text = place.x(tick), _number(tick)
+        side = "end" if x + 4 * len(text) > WIDTH else "middle"  # a number at the edge would be cut
+        x = min(x + 4 * len(text), WIDTH) if side == "end" else x
+        lines.append(f"<text class='tick' x='{x:.1f}' y='{HEIGHT - BOTTOM + 16}' text-anchor='{side}'>{text}</text>")
+    return lines
 
 
 def _number(value: float) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from rlhf.artifacts import Artifact
 from rlhf.evaluation.curves import Run
+from rlhf.reward.gate import REPORT
 from rlhf.reward.page import escaped
 
 WIDTH, GAP, HEIGHT = 172, 36, 92  # of a stage's box and between two, in SVG units
@@ -48,7 +50,7 @@ def lineage_svg(run: Run) -> str:
             span = order.index(name) - order.index(used)
             deepest = max(deepest, span)
             arrows.append(_arrow(stages[used], stages[name], span, stale))
-        for used in artifact.manifest.get("data", {}):
+        for used in _data_of(artifact):
             arrows.append(_data_arrow(data[used], stages[name]))
     right = max(node.x for node in [*stages.values(), *data.values()]) + WIDTH + 4
     bottom = STAGE_Y + HEIGHT + 6 + (0.75 * ARC * deepest if deepest > 1 else 0)
@@ -88,12 +90,22 @@ def _depth(run: Run, name: str, seen: tuple[str, ...] = ()) -> int:
     return 1 + max((_depth(run, used, (*seen, name)) for used in run.stages[name].manifest["inputs"]), default=-1)
 
 
+def _data_of(artifact: Artifact) -> dict[str, Any]:
+    """Data sets that a stage read, those of a reward report from elsewhere among them."""
+    try:
+        report = json.loads((artifact.path / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or damaged: the part of the page about it says so
+        report = {}
+    other = {row["name"]: row["from"] for row in report.get("ood", []) if "from" in row}
+    return artifact.manifest.get("data", {}) | other
+
+
 def _data_nodes(run: Run, stages: dict[str, Node]) -> dict[str, Node]:
     """A box per data set, each as near to the stages that read it as the others let it."""
     found: dict[str, Any] = {}
     readers: dict[str, list[float]] = {}
     for stage, artifact in run.stages.items():
-        for name, source in artifact.manifest.get("data", {}).items():
+        for name, source in _data_of(artifact).items():
             found[name] = source
             readers.setdefault(name, []).append(stages[stage].x)
     nodes, free = {}, 4.0

@@ -111,7 +111,7 @@ def _glance(run: Run) -> str:
     """The answers in a row of boxes: the gate, the win rate, what it cost, alerts, the time."""
     numbers: list[tuple[str, str]] = []
     for name, artifact in run.stages.items():
-        if "gate" in artifact.manifest:
+        if "gate" in artifact.manifest and artifact.stage == "reward":
             accuracy = artifact.manifest["metrics"].get("accuracy")
             right = "" if accuracy is None else f", {percent(accuracy)} of pairs right"
             numbers.append((str(artifact.manifest["gate"]["verdict"]).upper(), f"gate of {name}{right}"))
@@ -123,8 +123,11 @@ def _glance(run: Run) -> str:
         if key in metrics:
             limits = f"{percent(metrics[key + '_low'])} to {percent(metrics[key + '_high'])}"
             numbers.append((percent(metrics[key]), f"{names[0]} beats {names[1]} by {judge} ({limits})"))
+        found = frontier_report.outcome(result.get("frontier"))
+        if found is not None:
+            numbers.append((found[0].upper(), ": ".join(filter(None, ["gate of PPO's policy", found[1]]))))
         if f"{last}/kl_mean" in metrics:
-            numbers.append((f"{metrics[f'{last}/kl_mean']:.1f} nats", "KL to the SFT model, per response"))
+            numbers.append((f"{metrics[f'{last}/kl_mean']:.1f} nats", "KL to the reference, per response"))
     if "ppo" in run.stages and "alerts" in run.stages["ppo"].manifest:
         alerts = run.stages["ppo"].manifest["alerts"]
         numbers.append((str(len(alerts)), f"alerts in PPO{': ' if alerts else ''}{', '.join(alerts)}"))
@@ -159,8 +162,8 @@ def _evaluation(run: Run) -> str:
     header, *rows = evaluation.comparison_rows(result)
     frame = pd.DataFrame(rows, columns=header)
     parts = [
-        f"<p>{result['num_responses']:,} responses to {result['num_prompts']:,} held-out prompts. Brackets are 95 % "
-        "bootstrap intervals over prompts.</p>",
+        f"<p>{result['num_responses']:,} responses to {result['num_prompts']:,} held-out prompts"
+        f"{evaluation.sampled(result)}. Brackets are 95 % bootstrap intervals over prompts.</p>",
         table(frame, header[1:]),
         _picture(run, evaluation.PICTURE_NAME, "what PPO changed"),
     ]

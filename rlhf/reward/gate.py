@@ -21,6 +21,7 @@ REPORT = "report.json"
 SCHEMA = 1  # of what stands in it
 ORDER: tuple[Verdict, ...] = ("pass", "warn", "fail")
 CHANCE = 0.5
+FEW_PAIRS = 10  # a slice with fewer is left out: one of many is below chance by luck
 TRIVIAL = "a trivial model does as well: more labels, a larger base, another learning rate"
 LENGTH = "pairs of like length, reward.length_decorrelation, or more pairs whose better answer is shorter"
 EXPLOIT = "PPO would find this: put such answers among the rejected ones"
@@ -203,7 +204,8 @@ def _softer(report: Report, gate: RewardGateSection) -> Iterator[Check]:
             found = _at_least(row["accuracy"], gate.min_accuracy_ood)
             yield _check("out of distribution", _softened(found), reason, "do not let PPO go where it does not hold")
     for row in report["slices"]:
-        if row["slice"] not in ("all", "length", "better answer") and row["accuracy"]["high"] < CHANCE:
+        told = row["slice"] not in ("all", "length", "better answer") and row["accuracy"]["n"] >= FEW_PAIRS
+        if told and row["accuracy"]["high"] < CHANCE:
             reason = f"{row['slice']} {row['value']}: {_percent(row['accuracy'])} of {row['accuracy']['n']} pairs"
             yield Check("slice", "warn", reason, "below chance there: look at its labels")
 

@@ -111,8 +111,8 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "Accuracy",
             "A model that is no better than the baselines has learned no more than they have: length-only prefers the "
-            "longer (or shorter) answer, TF-IDF weighs words. “Better answer: shorter” asks what is left where length "
-            "does not help.",
+            "longer (or shorter) answer in characters (slices by length count tokens), TF-IDF weighs words. “Better "
+            "answer: shorter” asks what is left where length does not help.",
             svg(figures.plot_slices(report)) + folded("numbers", table(figures.accuracy_frame(report))),
         ),
         (

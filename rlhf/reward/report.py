@@ -18,7 +18,7 @@ import numpy as np
 from accelerate import PartialState
 
 from rlhf.artifacts import MANIFEST, Artifact, finish, publish, write_json
-from rlhf.data import Renderer
+from rlhf.data import Renderer, lineage, load_data_recipe
 from rlhf.data.splits import group_key
 from rlhf.errors import UserError
 from rlhf.evaluation.statistics import bootstrap_interval
@@ -177,6 +177,8 @@ def _other_set(ctx: StageContext, subject: Subject, other: OtherPairs) -> dict[s
     longer = np.array([float(len(row["chosen"]) > len(row["rejected"])) for row in kept])
     return {
         "name": other.data,
+        "split": other.split,
+        "from": lineage(load_data_recipe(other.data)),
         "accuracy": accuracy((chosen - rejected)[fits]),
         "longer_is_better": float(longer.mean()),
         "left_out": len(rows) - len(kept),

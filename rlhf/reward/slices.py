@@ -15,6 +15,7 @@ from rlhf.evaluation.statistics import wilson_interval
 
 Row = Mapping[str, Any]
 
+MOST_TURNS = 4  # that are a slice of their own
 MOST_VALUES = 12  # of one slice; rarer ones are put together
 FEWEST_QUANTILES = 6  # a number with more values than this is cut into quarters
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -89,7 +90,7 @@ def slice_labels(rows: Sequence[Row], lengths: np.ndarray, trained_prompts: set[
     labels: dict[str, list[str | None]] = {
         "length": [_SIDES[int(np.sign(a - b))] for a, b in lengths.tolist()],
         "better answer": [length_label(*pair) for pair in lengths.tolist()],
-        "user turns": [str(turns(row["prompt"])) for row in rows],
+        "user turns": [turns_label(turns(row["prompt"])) for row in rows],
         "script": [script(row["chosen"]) for row in rows],
         "prompt": ["seen in training" if group_key(row["prompt"]) in trained_prompts else "unseen" for row in rows],
     }
@@ -109,6 +110,11 @@ def length_label(chosen: int, rejected: int) -> str:
 def turns(prompt: Any) -> int:
     """User messages of a prompt; plain text is one."""
     return sum(message["role"] == "user" for message in prompt) if isinstance(prompt, list) else 1
+
+
+def turns_label(count: int) -> str:
+    """1 to 4, and the rest together."""
+    return str(count) if count <= MOST_TURNS else f"more than {MOST_TURNS}"
 
 
 def script(text: str) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.evaluation import frontier
+from rlhf.evaluation import frontier, frontier_report
 from tests.tolerances import assert_close
 
 
@@ -100,3 +100,33 @@ def test_a_policy_that_still_gains_is_not():
 def test_best_of_n_that_pays_more_is_no_reproach():
     rows = [{**row, "kl": math.inf} for row in base(5.0)]
     assert frontier.findings(rows, points([0.1, 0.2, 0.3]), 30, ["gold"], num_resamples=200) == []
+
+
+def curve_of(gold, unseen=("gold",), gold_of_best=0.0):
+    """What the evaluate stage stores of a policy whose held-back score went as `gold` says."""
+    rows, steps = base(gold_of_best), points(gold)
+    scores = ["reward", "gold"]
+    return {
+        "prompts": 40, "samples": 2, "scores": scores, "trained": "reward", "unseen": list(unseen), "best_of_n": rows,
+        "steps": steps, "published": 30, "best_steps": {name: frontier.best_step(steps, name) for name in scores},
+        "findings": frontier.findings(rows, steps, 30, list(unseen), num_resamples=200), "sft_std": {},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        (curve_of([0.5, 1.0, 0.2]), ("fail", "over_optimised")),
+        (curve_of([0.1, 0.2, 0.3], gold_of_best=0.9), ("warn", "beaten_by_best_of_n")),
+        (curve_of([0.5, 1.0, 1.2]), ("pass", "")),
+        (curve_of([0.5, 1.0, 0.2], unseen=()), ("warn", "held-back score")),
+        (curve_of([0.5, 1.0, 1.2]) | {"steps": []}, None),
+        (None, None),
+    ],
+)
+def test_the_gate_of_the_policy_names_what_it_finds(curve, expected):
+    assert frontier_report.outcome(curve) == expected
+    if curve and expected:
+        said = "\n".join(frontier_report.sentences(curve))
+        assert f"Gate of the policy: {expected[0].upper()}." in said
+        assert expected[0] == "pass" or f"{expected[0].upper()} {expected[1]}: " in said

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.evaluation.ranking import bradley_terry, length_controlled_win_rate
+from rlhf.evaluation.ranking import at_equal_length, bradley_terry, length_controlled_win_rate
 from rlhf.evaluation.statistics import win_rate
 
 
@@ -109,3 +109,13 @@ def test_bad_input_is_one_line(call, seen):
     with pytest.raises(UserError, match=seen) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_half_a_verdict_is_half_a_win():
+    """A judge that says A once and tie once gives 0.75: not a whole win."""
+    wins = [0.75, 0.25, 0.5, 0.75] * 50
+    plain = at_equal_length(wins, [5] * 200, [5] * 200, num_resamples=50)
+    assert plain.value == pytest.approx(np.mean(wins), abs=0.003)
+    assert plain.low < plain.value < plain.high
+    sure = length_controlled_win_rate(wins, [0.5] * 200, [5] * 200, [5] * 200, num_resamples=50)
+    assert sure.value > plain.value + 0.05  # what scores, of which only the order counts, would give

@@ -234,6 +234,19 @@ def test_models_of_a_run_are_asked(tmp_path):
     assert expected == sorted(expected, reverse=True)
 
 
+@pytest.mark.parametrize("options", [["--method", "uncertainty", "--reward", "reward"], ["--features", "sft"]])
+def test_pairs_longer_than_the_model_are_cut(tmp_path, caplog, options):
+    sft = build_sft_artifact(tmp_path / "a", "tiny")
+    build_reward_artifact(tmp_path / "a", "tiny", sft=sft)
+    pairs = [{"prompt": f"q{i}", "response_a": "x" * i, "response_b": "y" * 400} for i in range(1, 5)]
+    data = recipe(tmp_path, "mine", source={"files": str(write_rows(tmp_path / "p.jsonl", pairs))}, clean=[])
+    with caplog.at_level("WARNING", logger="rlhf"):
+        assert label_select(["--data", str(data), "--artifacts", str(tmp_path / "a"), *options]) == 0
+    found = read_rows(tmp_path / "a" / "labels" / "mine" / "selected.jsonl")
+    assert len(found) >= 3 and all(math.isfinite(row["why"]["score"]) for row in found)
+    assert "--reward" not in options or "tokens of 4 longer pairs (of 4)" in caplog.text
+
+
 def test_unlabelled_pairs_are_no_training_data(tmp_path):
     rows = [{"prompt": "q", "response_a": "x", "response_b": "y"}]
     data = recipe(tmp_path, "mine", source={"files": str(write_rows(tmp_path / "p.jsonl", rows))})

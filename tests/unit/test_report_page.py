@@ -243,7 +243,7 @@ def test_two_runs_differ_in_what_was_changed(tmp_path):
 
 def test_runs_of_one_name_cannot_be_told_apart(tmp_path):
     runs = [load_run(build_run(tmp_path / place)) for place in "ab"]
-    with pytest.raises(UserError, match="each with a name of its own"):
+    with pytest.raises(UserError, match="two have one name"):
         page(*runs)
 
 

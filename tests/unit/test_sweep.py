@@ -1,6 +1,7 @@
 """Sweeps: which runs, what they share, and the table, against numbers worked out by hand."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -11,10 +12,10 @@ from rlhf.errors import UserError
 from rlhf.evaluation.sweeps import markdown, points, run_name, table
 
 
-def finished(root, run, stage, metrics):
+def finished(root, run, stage, metrics, weights="first"):
     folder = root / run / f"{stage}.partial"
     folder.mkdir(parents=True)
-    (folder / "weights.txt").write_text(f"{run} {stage}", encoding="utf-8")
+    (folder / "weights.txt").write_text(f"{run} {stage} {weights}", encoding="utf-8")
     manifest = {"stage": stage, "run": run, "status": "complete", "inputs": {}, "metrics": metrics}
     finish(folder, manifest)
     publish(folder, root / run / stage)
@@ -93,3 +94,21 @@ def test_each_run_gets_its_values_and_a_failure_stops_the_sweep(tmp_path, capfd,
     assert "two combinations make the same name" in capfd.readouterr().err
     assert sweep.main([*arguments, "--over", "sft.seed=1,2"]) == 2
     assert capfd.readouterr().err == "error: --over sft.seed: stage sft is not run: add it to --stages\n"
+
+
+def test_runs_on_another_reward_model_are_not_compared(tmp_path, capfd):
+    over = ["ppo.kl_coef=0.1,0.2"]
+    for stage in ("sft", "reward"):
+        finished(tmp_path, "ci", stage, {})
+    for point in points(over):
+        name = run_name("ci", point)
+        finished(tmp_path, name, "evaluate", {"ppo/eos_rate": 1.0})
+        sweep.share(tmp_path / "ci", tmp_path / name, ["ppo", "evaluate"])
+    command = ["--recipe", "ci", "--artifacts", str(tmp_path), "--over", *over, "--table-only"]
+    assert sweep.main(command) == 0 and "ppo/eos_rate" in capfd.readouterr().out
+    shutil.rmtree(tmp_path / "ci" / "reward")
+    finished(tmp_path, "ci", "reward", {}, "trained again")
+    assert sweep.main(command) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: sweep: {tmp_path}/ci-kl_coef_0.1/reward is not the reward of ci, which was made")
+    assert error.count("\n") == 1
