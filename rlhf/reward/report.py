@@ -57,10 +57,14 @@ def measure(
         settings: `reward.report` of the recipe.
         seed: of samples, shuffles and intervals.
         baselines: whether length-only and TF-IDF baselines are fitted.
+
+    Raises:
+        UserError: scores are not finite.
     """
     pairs = [subject.pair(row) for row in test_rows]
     chosen, rejected = subject.scores_of(pairs)
     margins = chosen - rejected
+    _check_finite(margins)
     std = float(max(np.concatenate([chosen, rejected]).std(), 1e-6))
     lengths = np.array([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs])
     others = _baseline_margins(train_rows, test_rows) if baselines else {}
@@ -93,6 +97,15 @@ def measure(
         "ood": [],
         "learning_curve": [],
     }
+
+
+def _check_finite(margins: np.ndarray) -> None:
+    lost = int((~np.isfinite(margins)).sum())
+    if lost:
+        raise UserError(
+            f"reward: {lost} of {len(margins)} held-out pairs have no finite score, so the training has diverged: "
+            "lower reward.trainer.learning_rate, or raise warmup_steps"
+        )
 
 
 def _baseline_margins(

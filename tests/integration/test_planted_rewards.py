@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf.errors import UserError
 from rlhf.recipe import RewardGateSection, RewardReportSection
 from rlhf.reward import gate
 from rlhf.reward.page import page
@@ -72,3 +73,10 @@ def test_text_of_a_pair_is_no_markup(reports):
     row |= {"chosen_score": 0.0, "rejected_score": 1.0}
     text = page(reports["length"] | {"failures": [row]})
     assert "&lt;script&gt;x&lt;/script&gt;" in text and "<script" not in text and "a &amp; b" in text
+
+
+def test_a_model_that_diverged_is_said_not_measured(tmp_path):
+    subject = reward_toys.train(str(tmp_path), lambda row: row)
+    subject.model.score.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="40 of 40 held-out pairs have no finite score, so the training has diverged"):
+        measure(subject, [], reward_toys.honest_pairs(40, seed=2), SETTINGS, 0)
