@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.cli import Parser, fail, setup_logging
@@ -21,6 +22,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.sweeps import SEED, Point, markdown, points, run_name, table
 from rlhf.recipe import Recipe, load_recipe
 
+UNPUBLISHED = (".partial", ".old", ".linking")
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 
@@ -80,19 +82,26 @@ def check_point(args: argparse.Namespace, recipe: Recipe) -> None:
         raise UserError(f"--base {args.base}: no finished {missing[0]} in {root}: make it first, or name another run")
 
 
-def share(base: Path, run: Path, stages: list[str]) -> None:
-    """Give a run the stages of `base` that it does not make itself: the same files, no copies where links can be."""
-    for stage in STAGES:
-        if stage in stages or not (base / stage).is_dir() or (run / stage).exists():
+def shared(base: Path, stages: Sequence[str]) -> list[str]:
+    """Finished artifacts of `base` that a run does not make itself: its other stages, a second reward model, ..."""
+    places = [path.parent for path in sorted(base.glob(f"*/{MANIFEST}"))]
+    found = [Artifact.load(place) for place in places if place.suffix not in UNPUBLISHED]
+    return [artifact.path.name for artifact in found if artifact.stage not in stages]
+
+
+def share(base: Path, run: Path, stages: Sequence[str]) -> None:
+    """Give a run what `shared` names: the same files, no copies where links can be."""
+    for name in shared(base, stages):
+        if (run / name).exists():
             continue
-        half = run / f"{stage}.linking"
+        half = run / f"{name}.linking"
         shutil.rmtree(half, ignore_errors=True)
         try:
-            shutil.copytree(base / stage, half, copy_function=os.link)
+            shutil.copytree(base / name, half, copy_function=os.link)
         except (OSError, shutil.Error):
             shutil.rmtree(half, ignore_errors=True)
-            shutil.copytree(base / stage, half)
-        half.rename(run / stage)
+            shutil.copytree(base / name, half)
+        half.rename(run / name)
 
 
 def check_shared(args: argparse.Namespace) -> None:
@@ -102,7 +111,7 @@ def check_shared(args: argparse.Namespace) -> None:
         UserError: a stage that is not run again was made anew since a run took it over.
     """
     root = Path(args.artifacts)
-    for stage in (stage for stage in STAGES if stage not in args.stages):
+    for stage in shared(root / args.base, args.stages):
         places = {name: root / name / stage for name in [args.base, *(run_name(args.base, p) for p in args.points)]}
         hashes = {name: Artifact.load(place).hash for name, place in places.items() if (place / MANIFEST).is_file()}
         others = [name for name, found in hashes.items() if found != next(iter(hashes.values()))]

@@ -62,10 +62,16 @@ def test_the_table_is_the_mean_over_seeds(tmp_path):
 def test_stages_that_are_not_run_are_those_of_the_base_run(tmp_path):
     finished(tmp_path, "tiny", "sft", {})
     finished(tmp_path, "tiny", "ppo", {})
+    finished(tmp_path, "tiny", "reward", {})
+    (tmp_path / "tiny" / "reward").rename(tmp_path / "tiny" / "reward_b")  # the model that judges
+    shutil.copytree(tmp_path / "tiny" / "sft", tmp_path / "tiny" / "sft.old")
     (tmp_path / "other").mkdir()
     for _ in range(2):  # again: nothing to do
         sweep.share(tmp_path / "tiny", tmp_path / "other", ["ppo", "evaluate"])
-    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["sft"]
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["reward_b", "sft"]
+    (tmp_path / "third").mkdir()
+    sweep.share(tmp_path / "tiny", tmp_path / "third", ["reward", "ppo", "evaluate"])  # a reward model of its own seed
+    assert sorted(path.name for path in (tmp_path / "third").iterdir()) == ["sft"]
     assert (tmp_path / "tiny/sft/weights.txt").samefile(tmp_path / "other/sft/weights.txt")
 
 
