@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
+from benchmarks.start import provenance
 from pipelines.sweep import share
 from rlhf.artifacts import Artifact
-from rlhf.stage import git_commit, package_versions
 
 RECIPE = "tiny"
 BASE = "halves"
@@ -138,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     results = measure(args)
     print(table(results))
     if args.out:
-        about: dict[str, Any] = {"commit": git_commit(), "packages": package_versions(), "seeds": args.seeds}
+        about = provenance() | {"seeds": args.seeds}
         args.out.write_text(json.dumps(about | {"settings": results}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -29,14 +29,13 @@ from torch import Tensor
 
 from benchmarks.our_side import timed_step
 from benchmarks.ppo_vs_trl import WORKLOADS
-from benchmarks.start import random_context
+from benchmarks.start import provenance, random_context
 from pipelines.cli import keep_freed_memory
 from rlhf.models import load_tokenizer
 from rlhf.ppo import trainer as trainer_module
 from rlhf.ppo.rollout import Batch, Rollout
 from rlhf.ppo.stage import build_trainer
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.stage import git_commit, package_versions
 
 
 def drawn_lengths(count: int, shortest: int, longest: int, seed: int) -> list[int]:
@@ -142,7 +141,7 @@ def main() -> None:
     print(f"\nOurs is {medians['padded']['seconds'] / medians['ours']['seconds']:.2f} times as fast as padding.")
     if args.out:
         arguments = {name: value for name, value in vars(args).items() if name != "out"}
-        about = {"arguments": arguments, "commit": git_commit(), "packages": package_versions()}
+        about = provenance() | {"arguments": arguments}
         Path(args.out).write_text(json.dumps(about | {"rows": rows}, indent=1), encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from rlhf.models import load_tokenizer
 from rlhf.ppo.stage import build_trainer
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.recipe import Recipe
-from rlhf.stage import peak_memory_gib
+from rlhf.stage import package_versions, peak_memory_gib
 from rlhf.yamlio import validate
 
 MARK = "@@ "
@@ -53,12 +53,14 @@ def timed_step(trainer: PPOTrainer) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     trainer.ppo_step += 1
     phases = {name: metrics[f"perf/{name}_seconds"] for name in ("generate", "score", "train")}
-    return {"seconds": seconds, **phases, "peak_gib": peak_memory_gib(), "dtypes": dtypes_of(trainer)}
+    row = {"seconds": seconds, **phases, "peak_gib": peak_memory_gib(), "dtypes": dtypes_of(trainer)}
+    flops = metrics["perf/mfu"] * trainer.peak * phases["train"]  # what an update needs; see rlhf.ppo.perf
+    return row | {"train_flops": flops, "peak_flops": trainer.peak}
 
 
 def time_updates(trainer: PPOTrainer, spec: dict[str, Any]) -> None:
     """Updates on demand, for benchmarks/ppo_vs_trl.py."""
-    say({"ready": True})
+    say({"ready": True, "packages": package_versions()})
     while sys.stdin.readline():
         say(timed_step(trainer))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -25,9 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.start import ENVIRONMENT, Shape, finished_run_context, random_context, side_specs
+from benchmarks.start import ENVIRONMENT, Shape, finished_run_context, provenance, random_context, side_specs
 from rlhf.recipe import load_recipe
-from rlhf.stage import StageContext, git_commit, package_versions
+from rlhf.stage import StageContext
 
 MARK = "@@ "
 HERE = Path(__file__).resolve().parent
@@ -143,9 +142,10 @@ def write_specs(args: argparse.Namespace, root: Path) -> dict[str, Path]:
     return paths
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of every update of both sides, warm-up included."""
-    rows = []
+def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of every update of both sides, warm-up included; versions of each side's packages."""
+    rows: list[dict[str, Any]] = []
+    packages = {}
     with tempfile.TemporaryDirectory(dir=args.workdir) as directory:
         specs = write_specs(args, Path(directory))
         commands = {
@@ -156,7 +156,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for group in groups:
             sides = [Side(name, commands[name], args.threads) for name in group]
             for side in sides:
-                side.answer()  # ready
+                packages[side.name] = side.answer().get("packages")  # ready
             for number in range(args.warmup + args.updates):
                 for side in sides:
                     row = {"side": side.name, "update": number, "warmup": number < args.warmup} | side.step()
@@ -164,11 +164,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     print(f"{side.name} update {number}: {row['seconds']:.2f} s", file=sys.stderr)
             for side in sides:
                 side.close()
-    return rows
+    return rows, packages
 
 
 def summary(rows: list[dict[str, Any]], episodes: int) -> dict[str, dict[str, Any]]:
-    """Medians per side over the updates that count; `first` is the first update, compilation and caches included."""
+    """Medians per side over the updates that count; `first` is the first update, compilation and caches included.
+
+    `roofline`: of the training phase, the share of its time in which the operations that the update needs (no padding,
+    no logits of prompts) could be done at the rate of a large matrix product on this machine. The same operations for
+    both sides, as ours counts them.
+    """
     result = {}
     for side in dict.fromkeys(row["side"] for row in rows):
         mine = [row for row in rows if row["side"] == side]
@@ -178,21 +183,26 @@ def summary(rows: list[dict[str, Any]], episodes: int) -> dict[str, dict[str, An
         entry |= {"spread": [min(row["seconds"] for row in counted), max(row["seconds"] for row in counted)]}
         entry |= {"peak_gib": max(row["peak_gib"] for row in mine), "dtypes": mine[-1]["dtypes"]}
         result[side] = entry
+    ours = [row for row in rows if row["side"] == "ours" and not row["warmup"]]
+    for entry in result.values() if ours else ():
+        needed = median(row["train_flops"] / row["peak_flops"] for row in ours)
+        entry |= {"roofline": needed / entry["train"]}
     return result
 
 
 def table(result: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| side | episodes/s | s per update (min - max) | generate | score | train | first | peak GiB | dtypes |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| side | episodes/s | s per update (min - max) | generate | score | train | roofline | first | GiB | dtypes |",
+        "| --- " * 10 + "|",
     ]
     for side, row in result.items():
         low, high = row["spread"]
+        share = f"{row['roofline']:.0%}" if "roofline" in row else "-"
         dtypes = ", ".join(f"{name} {dtype}" for name, dtype in row["dtypes"].items() if dtype)
         lines.append(
             f"| {side} | {row['episodes_per_second']:.2f} | {row['seconds']:.2f} ({low:.2f} - {high:.2f}) | "
-            f"{row['generate']:.2f} | {row['score']:.2f} | {row['train']:.2f} | {row['first']:.2f} | "
+            f"{row['generate']:.2f} | {row['score']:.2f} | {row['train']:.2f} | {share} | {row['first']:.2f} | "
             f"{row['peak_gib']:.2f} | {dtypes} |"
         )
     if len(result) == 2:
@@ -226,14 +236,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write."""
     args = parse()
-    rows = measure(args)
+    rows, packages = measure(args)
     overrides = dict(item.split("=", 1) for item in args.overrides)
     episodes = int(overrides.get("ppo.rollout_batch_size", WORKLOADS[args.workload].ppo["rollout_batch_size"]))
     result = summary(rows, episodes)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if args.device == "cuda" else []
-    about = {"workload": args.workload, "overrides": args.overrides, "commit": git_commit(), "gpus": gpus}
-    about |= {"threads": args.threads, "trl_micro_batch": args.trl_micro_batch, "apart": args.apart}
-    about |= {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "our_packages": package_versions()}
+    about = provenance() | {"trl_packages": packages.get("trl"), "threads": args.threads, "apart": args.apart}
+    about |= {"trl_micro_batch": args.trl_micro_batch or WORKLOADS[args.workload].trl_micro_batch}
     print(table(result))
     if args.out:
         Path(args.out).write_text(json.dumps(about | {"summary": result, "rows": rows}, indent=1), encoding="utf-8")

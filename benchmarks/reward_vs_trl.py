@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import RewardConfig, RewardTrainer
 
 from benchmarks.ppo_vs_trl import WORKLOADS
-from benchmarks.start import random_model, tokenizer_of
+from benchmarks.start import provenance, random_model, tokenizer_of
 from pipelines.cli import keep_freed_memory
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.models import load_tokenizer, new_reward_model, trunk_of
@@ -39,7 +39,7 @@ from rlhf.ppo.perf import matmul_peak
 from rlhf.recipe import Recipe
 from rlhf.reward import train as reward
 from rlhf.sampling import score_sequences
-from rlhf.stage import StageContext, git_commit, package_versions
+from rlhf.stage import StageContext
 from rlhf.trainers import trainer_args
 from rlhf.yamlio import validate
 
@@ -295,8 +295,7 @@ def main() -> None:
     peak = matmul_peak(torch.device(args.device), torch.bfloat16 if args.device == "cuda" else torch.float32)
     print(table(rows, peak))
     if args.out:
-        gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-        about = vars(args) | {"commit": git_commit(), "packages": package_versions(), "gpu": gpu, "peak": peak}
+        about = vars(args) | provenance() | {"peak": peak}
         Path(args.out).write_text(json.dumps(about | {"rows": rows}, indent=1), encoding="utf-8")
 
 

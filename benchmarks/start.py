@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import random
+import re
+import shlex
+import sys
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +35,7 @@ from rlhf.models import init_score_head, load_model, load_tokenizer, lora_config
 from rlhf.ppo import stage as ppo_stage
 from rlhf.ppo.stage import load_prompts
 from rlhf.recipe import PeftSection, Recipe, apply_override
-from rlhf.stage import StageContext, load_inputs
+from rlhf.stage import StageContext, git_commit, load_inputs, package_versions
 from rlhf.yamlio import validate
 
 PAD, BOS, EOS = 0, 1, 2
@@ -41,6 +47,20 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRL_EXPERIMENTAL_SILENCE": "1",
 }
+
+
+def provenance() -> dict[str, Any]:
+    """What a file of figures says about itself: command (folders of this machine left out), date, commit, versions."""
+    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "gpus": gpus}
+    return {
+        "command": re.sub(r"(?<![\w.-])/(?:[\w.-]+/)*", "", command),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "packages": package_versions(),
+        **machine,
+    }
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ class Clock(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Models are loaded: ready for the first update."""
-        say({"ready": True})
+        say({"ready": True, "packages": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}})
         self.wait()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:

@@ -6,8 +6,9 @@ the same shapes come again, the kernels are recorded once and launched together.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,23 +16,26 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
-from rlhf.models import explicit_masks
+from rlhf.models import explicit_masks, special_attention
+
+logger = logging.getLogger(__name__)
 
 EAGER_CALLS = 1  # with the same shapes, before they are recorded: kernels are compiled and chosen
 MAX_GRAPHS = 128  # each keeps a little memory; activations share one pool
+_recorded: Counter = Counter()
 
 # Above it the GPU takes longer than the host, and the memory that graphs hold on to is better used. With LoRA each
 # product is five small ones, and activations are few.
 PARAMETERS, PARAMETERS_LORA = 500_000_000, 2_000_000_000
 
 
-def graph_pool(choice: str, section: str, model: nn.Module, accelerator: Accelerator, checkpointing: bool) -> Any:
+def graph_pool(choice: str, section: str, models: Sequence[Any], accelerator: Accelerator, checkpointing: bool) -> Any:
     """Memory for the CUDA graphs of a stage; None where it has none.
 
     Args:
         choice: `auto`, `on` or `off`.
         section: of the recipe, for the message.
-        model: that is trained.
+        models: that run in the graphs; the first is what `auto` looks at the size of.
         accelerator: graphs need one process on a GPU.
         checkpointing: of gradients: it draws and restores random states, which a graph cannot.
 
@@ -39,14 +43,28 @@ def graph_pool(choice: str, section: str, model: nn.Module, accelerator: Acceler
         UserError: `on` where graphs cannot be.
     """
     one = accelerator.distributed_type == DistributedType.NO
-    possible = accelerator.device.type == "cuda" and one and not checkpointing
+    special = next((found for model in models if (found := special_attention(model))), None)
+    possible = accelerator.device.type == "cuda" and one and not checkpointing and not special
     if choice == "on" and not possible:
-        raise UserError(
-            f"{section}.cuda_graphs: on needs one process on a GPU and no gradient_checkpointing: set it to auto or off"
+        needed = (
+            f"a model whose masks a graph can hold: {special}"
+            if special
+            else ("one process on a GPU and no gradient_checkpointing")
         )
-    most = PARAMETERS_LORA if hasattr(model, "peft_config") else PARAMETERS
-    fits = sum(parameter.numel() for parameter in model.parameters()) <= most
+        raise UserError(f"{section}.cuda_graphs: on needs {needed}: set it to auto or off")
+    most = PARAMETERS_LORA if hasattr(models[0], "peft_config") else PARAMETERS
+    fits = sum(parameter.numel() for parameter in models[0].parameters()) <= most
     return torch.cuda.graph_pool_handle() if possible and (choice == "on" or (choice == "auto" and fits)) else None
+
+
+def count_recording() -> None:
+    """One more CUDA graph was recorded in this process."""
+    _recorded["graphs"] += 1
+
+
+def recorded() -> int:
+    """CUDA graphs that were recorded in this process so far; it has to stop growing after the first steps."""
+    return _recorded["graphs"]
 
 
 def allocate_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -99,4 +117,7 @@ class Graphed:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             outputs = self.function(*inputs, **static)
+        count_recording()
+        if len(self.graphs) + 1 == MAX_GRAPHS:
+            logger.warning("%d shapes are CUDA graphs; further ones run without", MAX_GRAPHS)
         return graph, inputs, outputs

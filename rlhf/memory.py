@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
+    from rlhf.recipe import Recipe
     from rlhf.stage import StageContext
 
 GIB = 2**30
 TRAINED = 16  # bytes per trained parameter: weight, gradient and two Adam moments in float32
 
 
-def parameter_count(ctx: StageContext) -> tuple[int, int, int]:
-    """Parameters, layers x width, and vocabulary of the model that the stage works on, from its config alone."""
+class Counts(NamedTuple):
+    """Of a model, from its config: parameters, layers x width, vocabulary, and numbers in the cache of a token."""
+
+    parameters: int
+    width: int
+    vocab: int
+    cache: int
+
+
+def counts_of(ctx: StageContext) -> Counts:
+    """Counts of the model that the stage works on."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
@@ -38,7 +48,10 @@ def parameter_count(ctx: StageContext) -> tuple[int, int, int]:
         model = AutoModelForCausalLM.from_config(config, **trusted)
     model.tie_weights()  # a tied head is counted once
     text = config.get_text_config()
-    return model.num_parameters(), text.num_hidden_layers * text.hidden_size, text.vocab_size
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    each = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width, cache = text.num_hidden_layers * text.hidden_size, 2 * text.num_hidden_layers * heads * each
+    return Counts(model.num_parameters(), width, text.vocab_size, cache)
 
 
 def estimate(ctx: StageContext) -> list[str]:
@@ -49,19 +62,39 @@ def estimate(ctx: StageContext) -> list[str]:
     """
     from rlhf.models import LOGITS_BYTES
 
-    parameters, width, vocab = parameter_count(ctx)
+    model = counts_of(ctx)
     name, recipe = ctx.stage.name, ctx.recipe
-    tokens, trained, frozen = _work(ctx, parameters)
-    activations, logits = tokens * width * 34, 0 if name == "reward" else tokens * vocab * 12
+    tokens, trained, frozen = _work(ctx, model.parameters)
+    each = _bytes(recipe)
+    weights, activations = trained * TRAINED + frozen * each, tokens * model.width * 34
+    logits, cache = 0 if name == "reward" else tokens * model.vocab * 12, 0
     if name == "ppo":
         logits = min(logits, 3 * LOGITS_BYTES)  # computed in chunks
-    total = trained * TRAINED + frozen * 4 + activations + logits
+        cache = _sampled_tokens(recipe) * model.cache * each
+    total = weights + activations + logits + cache
+    millions = [f"{count / 1e6:.1f} M" for count in (model.parameters, trained, frozen)]
     return [
-        f"{name}: {parameters / 1e6:.1f} M parameters; {trained / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen",
-        f"weights and optimiser {(trained * TRAINED + frozen * 4) / GIB:.2f} GiB, activations of {tokens} tokens "
-        f"{activations / GIB:.2f} GiB, logits {logits / GIB:.2f} GiB",
+        "{}: {} parameters; {} trained, {} frozen".format(name, *millions),
+        f"weights and optimiser {weights / GIB:.2f} GiB, activations of {tokens} tokens {activations / GIB:.2f} GiB, "
+        f"logits {logits / GIB:.2f} GiB" + (f", cache of sampling {cache / GIB:.2f} GiB" if cache else ""),
         f"about {total / GIB:.2f} GiB per device (precision {recipe.hardware.precision}), plus 0.5 GiB of libraries",
     ]
+
+
+def _bytes(recipe: Recipe) -> int:
+    """Bytes of a number that is not trained. A recipe for a GPU can be looked at where there is none."""
+    import torch
+
+    hardware = recipe.hardware
+    on_gpu = hardware.device == "cuda" or (hardware.device == "auto" and torch.cuda.is_available())
+    return 2 if hardware.precision == "bf16" or (hardware.precision == "auto" and on_gpu) else 4
+
+
+def _sampled_tokens(recipe: Recipe) -> int:
+    """Tokens whose keys and values are held at once; one process samples the whole rollout."""
+    ppo = recipe.ppo
+    at_once = ppo.rollout_batch_size if ppo.generator == "plain" else min(ppo.rollout_batch_size, ppo.generation_slots)
+    return at_once * (ppo.max_prompt_length + ppo.response_length)
 
 
 def _work(ctx: StageContext, parameters: int) -> tuple[int, int, int]:

@@ -57,8 +57,9 @@ PPO = {
     "perf/score_seconds": "Scores, log-probabilities, values, advantages.",
     "perf/train_seconds": "Updates.",
     "perf/mfu": "Operations of the updates (6 per weight and real token) / time / measured matmul peak.",
-    "perf/padding_share": "Share of a forward over the rollout that is padding.",
+    "perf/padding_share": "Share of a pass of updates over the rollout that is padding.",
     "perf/compilations": "Graphs that torch.compile has made so far in this process.",
+    "perf/cuda_graphs": "CUDA graphs recorded so far in this process.",
     "perf/peak_memory_gib": "Peak memory of rank 0 so far, GiB: GPU if one is used, else resident memory.",
 }
 

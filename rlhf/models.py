@@ -271,9 +271,15 @@ def init_score_head(model: PreTrainedModel, seed: int) -> None:
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
 
 
-def new_reward_model(directory: str | Path, seed: int) -> PreTrainedModel:
-    """A causal LM's trunk with a fresh score head, float32."""
-    model = load_model(directory, "score")
+def attention_options(section: ModelSection) -> dict[str, str]:
+    """What `load_model` is told about attention; nothing = transformers' choice."""
+    name = section.attn_implementation
+    return {"attn_implementation": name} if name else {}
+
+
+def new_reward_model(directory: str | Path, seed: int, **options: Any) -> PreTrainedModel:
+    """A causal LM's trunk with a fresh score head, float32; `options` of `load_model`."""
+    model = load_model(directory, "score", **options)
     init_score_head(model, seed)
     return model
 
@@ -346,9 +352,24 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 _EXPLICIT_MASKS = ContextVar("explicit_masks", default=False)
 
 
+def special_attention(model: PreTrainedModel) -> str | None:
+    """Why a boolean mask [B,1,T,L] is not all that this model's attention needs to know; None where it is.
+
+    Eager attention adds the mask to the weights, where True is 1 and hides nothing, and layers with a window have masks
+    of their own, which a given one takes the place of.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        return f"its attention is {config._attn_implementation}, not sdpa"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+        return "it has layers other than full attention"
+    return None
+
+
 @contextmanager
 def explicit_masks() -> Iterator[None]:
-    """Forwards in here are given their whole attention mask.
+    """Forwards in here are given their whole attention mask: only where `special_attention` says nothing.
 
     From a mask of padding transformers asks the device whether there is any padding, and waits for its answer; that
     cannot be recorded in a CUDA graph.

@@ -20,6 +20,7 @@ from rlhf.graphs import Graphed
 from rlhf.models import (
     ActorCritic,
     Scorer,
+    attention_options,
     check_saved,
     compile_blocks,
     compute_dtype,
@@ -30,9 +31,9 @@ from rlhf.models import (
     response_logprobs,
     save_adapter,
     save_model,
+    special_attention,
 )
 from rlhf.ppo.generation import CompiledGenerator, Generator, PlainGenerator
-from rlhf.ppo.generation.compiled import unsupported
 from rlhf.ppo.generation.vllm import VLLMGenerator
 from rlhf.ppo.rewards import FunctionScore, ModelScore, ScoreSource
 from rlhf.stage import StageContext
@@ -67,8 +68,7 @@ def build_actor_critic(ctx: StageContext) -> ActorCritic:
 
 
 def _attention(ctx: StageContext) -> dict[str, str]:
-    name = ctx.recipe.model.attn_implementation
-    return {"attn_implementation": name} if name else {}
+    return attention_options(ctx.recipe.model)
 
 
 def value_head(model: nn.Module, seed: int) -> nn.Linear:
@@ -91,7 +91,7 @@ def critic_source(ctx: StageContext) -> Artifact | None:
 def _build_critic(ctx: StageContext) -> PreTrainedModel:
     source = critic_source(ctx)
     if source is None:
-        return new_reward_model(ctx.inputs["sft"].model_dir, ctx.seed)
+        return new_reward_model(ctx.inputs["sft"].model_dir, ctx.seed, **_attention(ctx))
     critic = load_model(source.model_dir, "score", **_attention(ctx))
     with torch.no_grad():  # scores are divided by the std before PPO sees them: values are on that scale too
         critic.score.weight /= source.manifest["reward_statistics"]["std"]
@@ -196,7 +196,7 @@ def build_generator(
         length = config.max_prompt_length + config.response_length
         policy: Any = model.policy
         return VLLMGenerator(policy, tokenizer, accelerator, length, config.vllm_memory, config.stop_strings)
-    reason = unsupported(model.policy)
+    reason = special_attention(model.policy)
     if config.stop_strings:
         reason = "ppo.stop_strings are looked for in text"
     if sharded:
@@ -282,11 +282,11 @@ def _shared_forward(model: nn.Module, name: str) -> Any:
 
 
 def _frozen_forward(ctx: StageContext, artifact: Artifact, accelerator: Accelerator, graph_pool: Any) -> Any:
-    reward = load_model(artifact.model_dir, "score", dtype=compute_dtype(ctx.recipe))
+    reward = load_model(artifact.model_dir, "score", dtype=compute_dtype(ctx.recipe), **_attention(ctx))
     scorer = Scorer(reward).to(accelerator.device).eval().requires_grad_(False)
     if wants_compile(ctx, accelerator.device):
         compile_blocks(reward)
-    graphed = Graphed(scorer, graph_pool)
+    graphed = Graphed(scorer, None if special_attention(reward) else graph_pool)
     return lambda batch: graphed(batch.input_ids, batch.attention_mask)
 
 

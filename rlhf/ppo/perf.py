@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,16 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
-        _wait(device)
-        started = time.perf_counter()
+        started = now(device)
         torch.mm(a, b)
-        _wait(device)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, now(device) - started)
     return 2 * size**3 / best
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, read when the device has done what it was given."""
+    _wait(device)
+    return time.perf_counter()
 
 
 def _wait(device: torch.device) -> None:
@@ -42,30 +47,37 @@ class FlopCounter:
     """
 
     def __init__(self, model: ActorCritic) -> None:
-        trunks = [trunk_of(model.policy)]
+        trunks = [_matmul_weights(trunk_of(model.policy), "policy")]
         if model.critic is not None:
-            trunks.append(trunk_of(model.critic))
-        elif model.critic_adapter is not None:
-            trunks *= 2  # one trunk, run once for each adapter
+            trunks.append(_matmul_weights(trunk_of(model.critic)))
+        elif model.critic_adapter is not None:  # one trunk, run once for each adapter
+            trunks.append(_matmul_weights(trunk_of(model.policy), model.critic_adapter))
         policy: Any = model.policy
         config = policy.config.get_text_config()
-        self.weights = sum(_matmul_weights(trunk) for trunk in trunks)
+        self.weights = sum(trunks)
         self.attention = 4 * config.num_hidden_layers * config.hidden_size * len(trunks)  # times the mean context
         self.head = config.vocab_size * config.hidden_size
         self.backward = 1 if model.has_adapters else 2
 
     def training(self, prompt_lengths: list[int], response_lengths: list[int]) -> float:
         """Operations of one pass, forward and backward, over these episodes; padding does not count."""
-        forward = 0.0
+        total = 0.0
         for prompt, response in zip(prompt_lengths, response_lengths, strict=True):
             tokens = prompt + response
-            forward += 2 * self.weights * tokens + 2 * self.head * response + self.attention * tokens * tokens / 2
-        return forward * (1 + self.backward)
+            products = 2 * self.weights * tokens + 2 * self.head * response
+            # Attention has no weights: its backward pass is two of it with LoRA, too.
+            total += products * (1 + self.backward) + self.attention * tokens * tokens / 2 * 3
+        return total
 
 
-def _matmul_weights(model: nn.Module) -> int:
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in embeddings)
+def _matmul_weights(trunk: nn.Module, adapter: str = "") -> int:
+    """Weights that a forward multiplies by: no embeddings, and of the adapters this one alone."""
+    embeddings = {id(module.weight) for module in trunk.modules() if isinstance(module, nn.Embedding)}
+    return sum(
+        parameter.numel()
+        for name, parameter in trunk.named_parameters()
+        if parameter.dim() == 2 and id(parameter) not in embeddings and ("lora_" not in name or f".{adapter}." in name)
+    )
 
 
 def compilations() -> int:
@@ -73,10 +85,14 @@ def compilations() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def padding_share(rollout: Rollout, max_tokens: int, ranks: int) -> float:
-    """Share of a forward over the whole rollout that is spent on padding, in [0,1)."""
+def padding_share(rollout: Rollout, mini_batches: Sequence[Sequence[int]], max_tokens: int, ranks: int) -> float:
+    """Share of one pass of updates over the rollout, in these mini-batches, that is spent on padding, in [0,1)."""
     lengths = [sum(pair) for pair in zip(rollout.prompt_lengths, rollout.response_lengths, strict=True)]
-    batches = [batch for rank in plan(rollout, range(len(lengths)), max_tokens, ranks) for batch in rank if batch]
     rows, columns = rollout.shapes.rows, rollout.shapes.columns
-    areas = (rows(len(batch)) * columns(max(lengths[row] for row in batch)) for batch in batches)
-    return 1 - sum(lengths) / sum(areas)
+    area = 0
+    for mini_batch in mini_batches:
+        for rank in plan(rollout, mini_batch, max_tokens, ranks):
+            # The rows of an empty micro-batch are none, and a rank that has one computes a row for nothing.
+            parts = [[lengths[mini_batch[at]] for at in micro] or [lengths[mini_batch[0]]] for micro in rank]
+            area += sum(rows(len(part)) * columns(max(part)) for part in parts)
+    return 1 - sum(lengths[row] for mini_batch in mini_batches for row in mini_batch) / area

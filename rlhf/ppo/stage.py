@@ -196,7 +196,8 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     generator = build_generator(ctx, actor_critic, tokenizer, accelerator)  # it may copy the policy: before compiling
     if wants_compile(ctx, accelerator.device):
         compile_blocks(actor_critic)
-    pool = graph_pool(config.cuda_graphs, "ppo", actor_critic.policy, accelerator, config.gradient_checkpointing)
+    parts = [part for part in (actor_critic.policy, actor_critic.critic) if part is not None]
+    pool = graph_pool(config.cuda_graphs, "ppo", parts, accelerator, config.gradient_checkpointing)
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
     eval_prompts = None
     if config.eval_every:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.errors import UserError
 from rlhf.evaluation.text_metrics import distinct_n
-from rlhf.graphs import Graphed, allocate_gradients
+from rlhf.graphs import Graphed, allocate_gradients, recorded
 from rlhf.interrupt import Interrupted, requested
 from rlhf.logs import MetricsWriter
 from rlhf.models import Outputs
@@ -35,7 +35,7 @@ from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
 from rlhf.ppo.masking import affine_fit, masked_mean, masked_moments, masked_whiten
 from rlhf.ppo.packing import CPU, GPU, GRAPHS
-from rlhf.ppo.perf import FlopCounter, compilations, matmul_peak, padding_share
+from rlhf.ppo.perf import FlopCounter, compilations, matmul_peak, now, padding_share
 from rlhf.ppo.rewards import RunningMoments, ScoreSource, aggregate, shape_scores
 from rlhf.ppo.rollout import (
     PromptStream,
@@ -204,11 +204,11 @@ class PPOTrainer:
 
     def step(self) -> tuple[dict[str, float], Rollout]:
         """One ppo_step: sample, score, estimate advantages, update. Returns its metrics and its rollout."""
-        config, started = self.config, time.perf_counter()
+        config, started = self.config, now(self.accelerator.device)
 
         # 1. Sample one response per prompt from the current policy.
         rollout = self.rollout(self.prompts.take(self.stream.indices(self.ppo_step)), TRAIN, self.ppo_step)
-        generated = time.perf_counter()
+        generated = now(self.accelerator.device)
 
         # 2. Score the responses; log-probabilities of policy and reference, values of the critic.
         self.score(rollout, update=True)
@@ -227,21 +227,25 @@ class PPOTrainer:
         # 4. Advantages, whitened over the global batch, and the critic's targets.
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
         targets = Targets(masked_whiten(advantages, mask), returns)
-        scored = time.perf_counter()
+        scored = now(self.accelerator.device)
 
         # 5. Several passes of clipped updates.
-        statistics = self.update(rollout, targets)
+        statistics, mini_batches = self.update(rollout, targets)
         metrics = self.metrics(rollout, targets, statistics)
         if math.isfinite(metrics["objective/kl"]):  # NaN would stay in the coefficient
             self.kl_controller.update(metrics["objective/kl"], config.rollout_batch_size)
-        return metrics | self._timing(rollout, len(statistics), started, generated, scored), rollout
+        return metrics | self._timing(rollout, mini_batches, started, generated, scored), rollout
 
-    def update(self, rollout: Rollout, targets: Targets) -> list[dict[str, float]]:
-        """`num_ppo_epochs` passes over the rollout in shuffled mini-batches; returns each mini-batch's statistics."""
+    def update(self, rollout: Rollout, targets: Targets) -> tuple[list[dict[str, float]], int]:
+        """`num_ppo_epochs` passes over the rollout in shuffled mini-batches.
+
+        Returns:
+            Statistics of each mini-batch that was applied (of all where none was), and how many were computed.
+        """
         found = bad_rollout(rollout)
         if found:
             self._skip(found, rollout, targets, range(len(rollout.prompts)))
-            return [dict.fromkeys(STATISTICS, math.nan)]
+            return [dict.fromkeys(STATISTICS, math.nan)], 0
         applied, skipped = [], []
         for number, rows in enumerate(self._mini_batches()):
             self._set_learning_rate(number)
@@ -257,7 +261,7 @@ class PPOTrainer:
             self.optimizer_step += 1
             if self.config.target_kl is not None and statistics["policy/approxkl_avg"] > self.config.target_kl:
                 break
-        return applied or skipped
+        return applied or skipped, len(applied) + len(skipped)
 
     def _optimizer_step(self, rollout: Rollout, targets: Targets, rows: list[int]) -> dict[str, float]:
         """One mini-batch: losses over all its tokens, on all ranks, in micro-batches; then one step of AdamW.
@@ -280,7 +284,7 @@ class PPOTrainer:
                     *(batch.input_ids, batch.attention_mask, batch.fit(rollout.response_mask)),
                     *(batch.fit(rollout.logprobs), batch.fit(targets.advantages)),
                     *(batch.fit(rollout.values), batch.fit(targets.returns)),
-                    *(totals.new_tensor(tokens), totals.new_tensor(ranks * float(counts))),
+                    *(totals.new_full((), value) for value in (tokens, ranks * float(counts))),
                 )
                 totals += forward_backward(*micro) * float(counts)
         if waits:
@@ -432,21 +436,23 @@ class PPOTrainer:
         return row
 
     def _timing(
-        self, rollout: Rollout, updates: int, started: float, generated: float, scored: float
+        self, rollout: Rollout, mini_batches: int, started: float, generated: float, scored: float
     ) -> dict[str, float]:
-        now, ranks = time.perf_counter(), self.accelerator.num_processes
-        share = updates * self.config.mini_batch_size / self.config.rollout_batch_size  # target_kl may end it early
-        flops = share * self.flops.training(rollout.prompt_lengths, rollout.response_lengths)
+        done, ranks = now(self.accelerator.device), self.accelerator.num_processes
+        each = self.config.rollout_batch_size // self.config.mini_batch_size  # mini-batches of a pass
+        flops = mini_batches / each * self.flops.training(rollout.prompt_lengths, rollout.response_lengths)
+        one_pass = list(islice(self._mini_batches(), each))
         return {
-            "perf/mfu": flops / (now - scored) / (self.peak * ranks),
-            "perf/padding_share": padding_share(rollout, self.config.max_tokens_per_micro_batch, ranks),
-            "perf/episodes_per_second": rollout.response_mask.shape[0] / (now - started),
+            "perf/mfu": flops / (done - scored) / (self.peak * ranks),
+            "perf/padding_share": padding_share(rollout, one_pass, self.config.max_tokens_per_micro_batch, ranks),
+            "perf/episodes_per_second": rollout.response_mask.shape[0] / (done - started),
             "perf/generate_seconds": generated - started,
             "perf/score_seconds": scored - generated,
-            "perf/train_seconds": now - scored,
-            "perf/tokens_per_second": float(rollout.response_mask.sum()) / (now - started),
+            "perf/train_seconds": done - scored,
+            "perf/tokens_per_second": float(rollout.response_mask.sum()) / (done - started),
             "perf/peak_memory_gib": peak_memory_gib(),
             "perf/compilations": compilations(),
+            "perf/cuda_graphs": recorded(),
         }
 
     def _mini_batches(self) -> Iterator[list[int]]:

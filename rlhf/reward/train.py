@@ -26,6 +26,7 @@ from rlhf.graphs import Graphed, allocate_gradients, graph_pool
 from rlhf.locks import locked
 from rlhf.logs import check_trackers
 from rlhf.models import (
+    attention_options,
     captured_hidden_states,
     check_position_limit,
     compile_blocks,
@@ -37,7 +38,6 @@ from rlhf.models import (
     new_reward_model,
     tokenizer_identity,
 )
-from rlhf.ppo.generation.compiled import unsupported
 from rlhf.ppo.packing import GRAPHS
 from rlhf.recipe import Recipe
 from rlhf.reward import report
@@ -224,7 +224,8 @@ def build(ctx: StageContext) -> dict[str, Any]:
     (train, train_rows), (test, test_rows) = load_pairs(ctx, renderer)
     options = {"train_sampling_strategy": "group_by_length"} | in_curriculum_order(section.data, section.trainer)
     args = trainer_args(RewardConfig, options, ctx, max_length=None)  # longer pairs are gone already
-    trainer = reward_trainer(ctx, new_reward_model(sft_dir, ctx.seed), args, tokenizer, train, test)
+    model = new_reward_model(sft_dir, ctx.seed, **attention_options(ctx.recipe.model))
+    trainer = reward_trainer(ctx, model, args, tokenizer, train, test)
     metrics = run_trainer(trainer, ctx)
     with torch.compiler.set_stance("force_eager"):  # one forward, of another precision
         save_trained(trainer, tokenizer, ctx, new_reward_model(sft_dir, ctx.seed), "score")
@@ -271,7 +272,7 @@ def reward_trainer(
     keep_residuals_in(torch.bfloat16 if args.bf16 else torch.float32, trainer.model)
     if wants_compile(recipe, len(train), args):
         compile_blocks(trainer.model)
-    pool = graph_pool(section.cuda_graphs, "reward", trainer.model, trainer.accelerator, args.gradient_checkpointing)
+    pool = graph_pool(section.cuda_graphs, "reward", [trainer.model], trainer.accelerator, args.gradient_checkpointing)
     if pool is not None and can_be_recorded(trainer):
         trainer.use_graphs(pool)
     return trainer
@@ -282,7 +283,7 @@ def can_be_recorded(trainer: ExactRewardTrainer) -> bool:
     drops = getattr(trainer.model.config, "attention_dropout", 0) or any(
         isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.modules()
     )
-    return trainer.objective.head is None and not drops and unsupported(trainer.model) is None
+    return trainer.objective.head is None and not drops
 
 
 def wants_compile(recipe: Recipe, pairs: int, args: Any) -> bool:

@@ -25,6 +25,7 @@ def test_our_side_makes_an_update_of_full_responses_from_random_weights(tmp_path
     row = timed_step(trainer)
     assert trainer.ppo_step == 1
     assert row["seconds"] >= row["generate"] + row["train"] > 0
+    assert 0 < row["train_flops"] < row["train"] * row["peak_flops"]
     assert row["dtypes"]["weights"] == row["dtypes"]["adam"] == "float32"
     rollout = trainer.rollout(trainer.prompts.take(range(8)), stream=0, step=1)
     assert bool(rollout.response_mask.all()) and rollout.response_mask.shape == (8, 16)
@@ -35,7 +36,15 @@ def test_our_side_makes_an_update_of_full_responses_from_random_weights(tmp_path
 
 
 def test_medians_leave_the_warm_up_out() -> None:
-    common = {"generate": 1.0, "score": 0.0, "train": 1.0, "peak_gib": 2.0, "dtypes": {"weights": "float32"}}
+    common = {
+        "generate": 1.0,
+        "score": 0.0,
+        "train": 1.0,
+        "peak_gib": 2.0,
+        "dtypes": {"weights": "float32"},
+        "train_flops": 3.0,
+        "peak_flops": 12.0,
+    }
     seconds = {"trl": [90.0, 8.0, 6.0, 40.0], "ours": [50.0, 2.0, 4.0, 1.0]}
     rows = [
         {"side": side, "warmup": number == 0, "seconds": value} | common
@@ -45,7 +54,8 @@ def test_medians_leave_the_warm_up_out() -> None:
     result = summary(rows, episodes=16)
     assert (result["trl"]["seconds"], result["ours"]["seconds"]) == (8.0, 2.0)
     assert (result["trl"]["episodes_per_second"], result["ours"]["first"]) == (2.0, 50.0)
-    assert "4.00 times as fast" in table(result)
+    assert result["trl"]["roofline"] == result["ours"]["roofline"] == 0.25  # 3 of 12 operations in one second
+    assert "4.00 times as fast" in table(result) and "| 25% |" in table(result)
 
 
 def test_scores_are_compared_where_both_have_the_same_kl() -> None:

@@ -5,10 +5,10 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rlhf.errors import UserError
-from rlhf.models import set_active_adapter
+from rlhf.models import set_active_adapter, special_attention
 from rlhf.ppo.build import wants_slots
-from rlhf.ppo.generation import CompiledGenerator, PlainGenerator
-from rlhf.ppo.generation.compiled import copy_weights, grouped_attention, sampling_copy, unsupported
+from rlhf.ppo.generation import CompiledGenerator, PlainGenerator, compiled
+from rlhf.ppo.generation.compiled import MAX_KEPT, copy_weights, grouped_attention, sampling_copy
 from rlhf.ppo.rollout import uniforms
 from tests.builders import build_model, build_tokenizer
 from tests.ppo_toys import lively, toy_trainer
@@ -144,14 +144,27 @@ def test_a_training_run_is_the_same_with_both_back_ends(tmp_path):
             assert_close(rows["compiled"][key], value, rtol=1e-3, atol=1e-5)
 
 
+def test_sizes_that_come_again_are_kept(monkeypatch):
+    tokenizer = build_tokenizer()
+    made = []
+    build = compiled.Slots
+    monkeypatch.setattr(compiled, "Slots", lambda *sizes: made.append(sizes) or build(*sizes))
+    generator = CompiledGenerator(build_model(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    for length in range(1, 2 * MAX_KEPT):  # one that comes all the time, among others that come once
+        for other in (length, 0):
+            generator._slots_for(2, 8 + other, 4, 1.0, 1.0)
+    assert [sizes[1] for sizes in made].count(8) == 1
+    assert len(generator.slots) == MAX_KEPT
+
+
 def test_what_slots_cannot_sample_is_said(tmp_path):
     model = build_model(build_tokenizer())
-    assert unsupported(model) is None
+    assert special_attention(model) is None
     model.config._attn_implementation = "eager"
-    assert "eager" in unsupported(model)
+    assert "eager" in special_attention(model)
     windowed = llama(build_tokenizer())
     windowed.config.sliding_window = 8
-    assert "full attention" in unsupported(windowed)
+    assert "full attention" in special_attention(windowed)
     with pytest.raises(UserError, match=r"stop_strings.*set ppo\.generator: plain"):
         toy_trainer(tmp_path, ppo={"generator": "compiled", "stop_strings": ["."]})
 

@@ -417,6 +417,21 @@ def test_dry_run_says_everything_and_writes_nothing(root, recipe, tmp_path, capl
     assert snapshot(tmp_path) == before and toy.built == [] and names(root / "toy") == ["sft"]
 
 
+@pytest.mark.parametrize(("device", "each"), [("cuda", 2), ("cpu", 4)])
+def test_dry_run_counts_the_cache_of_sampling(root, tmp_path, caplog, device, each):
+    ppo = {"rollout_batch_size": 65536, "mini_batch_size": 65536, "total_episodes": 65536, "max_prompt_length": 960}
+    ppo |= {"response_length": 64, "generation_slots": 32768}
+    recipe = build_recipe(tmp_path, ppo=ppo, hardware={"device": device})
+    config = build_model(build_tokenizer()).config
+    build_sft_artifact(root, recipe=recipe)
+    build_reward_artifact(root, recipe=recipe)
+    with caplog.at_level(logging.INFO, "rlhf"):
+        run_stage(Toy("ppo", inputs=("sft", "reward")).stage, recipe, root, dry_run=True)
+    said = "\n".join(r.getMessage() for r in caplog.records)
+    gib = 32768 * 1024 * 2 * config.n_layer * config.n_embd * each / 2**30
+    assert f"cache of sampling {gib:.2f} GiB" in said and gib > 0.005
+
+
 @pytest.mark.parametrize("plan", ["built", "skipped: unchanged", "rebuilt", "resumed"])
 def test_dry_run_tells_the_plan(root, recipe, tmp_path, caplog, plan):
     build_model(build_tokenizer()).save_pretrained(tmp_path / "base")

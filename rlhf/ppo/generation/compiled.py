@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from rlhf.graphs import count_recording
 from rlhf.models import keep_last, position_ids
 from rlhf.ppo.generation.plain import inverse_cdf, left_pad, sampling_logprobs
 from rlhf.ppo.generation.types import Generated
@@ -141,7 +142,7 @@ class CompiledGenerator:
     """Samples from a copy of the policy in `dtype` (one more set of weights), in float32 from the policy itself.
 
     Args:
-        policy: a causal LM for which `unsupported` says nothing. The copy holds LoRA adapters merged.
+        policy: a causal LM for which `special_attention` says nothing. The copy holds LoRA adapters merged.
         pad_id, eos_id: of the tokenizer.
         slots: responses under way at once; more prompts wait for a free slot.
         dtype: of matrix products.
@@ -164,8 +165,7 @@ class CompiledGenerator:
         self.copied = dtype != torch.float32
         self.model: Any = sampling_copy(policy, dtype) if self.copied else policy
         self.step = torch.compile(self._step, dynamic=False) if compiled and self.copied else self._step
-        self.slots: dict[tuple, Slots] = {}
-        self.captures = 0  # CUDA graphs captured so far
+        self.slots: dict[tuple, Slots] = {}  # the one used last comes last
 
     @property
     def device(self) -> torch.device:
@@ -211,16 +211,18 @@ class CompiledGenerator:
     def _slots_for(self, size: int, length: int, budget: int, temperature: float, top_p: float) -> Slots:
         """So many slots with a cache of so many positions, all of them free."""
         key = (size, length, budget, temperature, top_p)
-        if key not in self.slots:
-            while len(self.slots) >= MAX_KEPT:  # caches and graphs of sizes that came earlier
+        slots = self.slots.pop(key, None)
+        if slots is None:
+            while len(self.slots) >= MAX_KEPT:  # the caches and graphs that were not used for longest
                 del self.slots[next(iter(self.slots))]
             layers = self.model.config.get_text_config().num_hidden_layers
-            slots = self.slots[key] = Slots(size, length, budget, layers, self.device)
+            slots = Slots(size, length, budget, layers, self.device)
             self._step(slots, temperature, top_p)  # no slot is active yet: it allocates the cache and changes nothing
             if self.device.type == "cuda":
                 self._capture(slots, temperature, top_p)
-        self.slots[key].active.zero_()
-        return self.slots[key]
+        self.slots[key] = slots
+        slots.active.zero_()
+        return slots
 
     def _capture(self, slots: Slots, temperature: float, top_p: float) -> None:
         """Record one step as a CUDA graph."""
@@ -233,7 +235,7 @@ class CompiledGenerator:
         with torch.cuda.graph(graph):
             self.step(slots, temperature, top_p)
         slots.graph = graph
-        self.captures += 1
+        count_recording()
 
     def _step(self, slots: Slots, temperature: float, top_p: float) -> None:
         """Feed every slot its last token and sample the next one."""
@@ -396,14 +398,3 @@ def _harvest(slots: Slots, owner: dict[int, int], out: Slots) -> None:
     rows = torch.tensor([owner.pop(slot) for slot in done], device=slots.token.device)
     out.ids[rows], out.logprobs[rows], out.count[rows] = slots.ids[taken], slots.logprobs[taken], slots.count[taken]
     out.token[rows] = out.ids[rows, out.count[rows] - 1]  # the last one
-
-
-def unsupported(model: PreTrainedModel) -> str | None:
-    """Why `CompiledGenerator` cannot sample from this model; None where it can."""
-    config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa":
-        return f"its attention is {config._attn_implementation}, and slots need sdpa"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
-        return "it has layers other than full attention"
-    return None
