@@ -1,6 +1,6 @@
 """What single settings of PPO are worth: one run a setting and seed, judged by a reward model that PPO never saw.
 
-    python -m benchmarks.ablations --artifacts artifacts        # the table of docs/results.md; hours on two CPU cores
+    python -m benchmarks.ablations        # the table of docs/results.md; an hour and more on two CPU cores
 
 On the `tiny` recipe. The training pairs are cut into two halves: PPO maximises a reward model of the one (or several,
 which differ in their seed), and one of the other half judges, beside a classifier of film reviews. Finished stages are
@@ -19,10 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
 
-from benchmarks.start import provenance
+from benchmarks.start import provenance, with_measured
 from pipelines.sweep import share
 from rlhf.artifacts import Artifact
 
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results" / "ablations.json"
+PAGE = ROOT.parent / "docs" / "results.md"
 RECIPE = "tiny"
 BASE = "halves"
 HALVES = "reward.data=movie_reviews_pairs_halves"
@@ -51,7 +54,7 @@ SETTINGS = {
     "3 reward models, penalised": [THREE, "ppo.reward_aggregation=penalised"],
     "generator compiled": ["ppo.generator=compiled"],
 }
-# Shown: name of a column -> key of the evaluate stage's metrics. `gain` is in standard deviations of the SFT samples.
+# Name of a column -> key of the evaluate stage's metrics. Rewards: gain in standard deviations of the SFT samples.
 COLUMNS = {
     "reward": "ppo_vs_sft/reward_delta",
     "held-back reward": "ppo_vs_sft/held_back_delta",
@@ -126,19 +129,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--threads", type=int, default=1, help="of each")
-    parser.add_argument("--out", type=Path, help="JSON file of all figures")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help=f"JSON file of all figures; {RESULTS.name} writes the page"
+    )
+    parser.add_argument("--table", action="store_true", help=f"only write the table of {PAGE.name} from that file")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
     args = parse(argv)
-    prepare(args)
-    results = measure(args)
-    print(table(results))
-    if args.out:
-        about = provenance() | {"seeds": args.seeds}
-        args.out.write_text(json.dumps(about | {"settings": results}, indent=1) + "\n", encoding="utf-8")
+    if not args.table:
+        prepare(args)
+        report = provenance() | {"seeds": args.seeds, "settings": measure(args)}
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    lines = table(json.loads(args.out.read_text(encoding="utf-8"))["settings"])
+    print(lines)
+    if args.out == RESULTS:
+        PAGE.write_text(with_measured(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,13 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def with_measured(page: str, tables: str) -> str:
+    """A page of the docs with fresh tables between its two marks."""
+    begin, end = "<!-- measured: begin -->", "<!-- measured: end -->"
+    head, rest = page.split(begin)
+    return f"{head}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model and of its prompts; policy, reference, critic and reward model are equally large.

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SYMBOL = re.compile(r"`([\w./-]+\.py):([\w.]+)`")
 FILE = re.compile(r"`((?:rlhf|pipelines|tests|docs|data_recipes|benchmarks)/[\w./-]+\.\w+)`")
