@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+COMPLETE = "complete"
 # Files that need no training to be made again, and how.
 REMADE = dict.fromkeys(("report.json", "report.html"), "`make report STAGE=reward` makes it again")
 KEPT_POLICIES = "policies"  # in a ppo artifact: policies of earlier steps, for evaluation
@@ -151,6 +152,9 @@ class Artifact:
             raise UserError(f"artifact {directory}: {MANIFEST} has no `{missing[0]}`: redo it with FORCE=1")
         if not isinstance(manifest["files"], dict):
             raise UserError(f"artifact {directory}: {MANIFEST} is damaged (`files`): redo it with FORCE=1")
+        status = manifest.get("status", COMPLETE)
+        if status != COMPLETE:
+            raise UserError(f"artifact {directory}: its status is {status!r}: not finished; redo it with FORCE=1")
         return cls(directory, manifest)
 
     @property
@@ -181,11 +185,24 @@ class Artifact:
         return pandas.DataFrame(read_jsonl(self.path / "samples.jsonl"))
 
     def verify(self, without: Collection[str] = ()) -> None:
-        """Compare every file, but those named in `without`, with the manifest.
+        """Compare every file, but those named in `without`, with the manifest, and the manifest with its own hash.
 
         Raises:
-            UserError: a file is missing, truncated or changed, or lies outside the artifact; names the first one.
+            UserError: a file is missing, truncated, changed or none of the stage's, or lies outside the artifact;
+                names the first one.
         """
+        expected = payload_hash(self.manifest["files"], self.manifest.get("reward_statistics"))
+        if expected != self.hash:
+            raise UserError(
+                f"artifact {self.path}: {MANIFEST} was changed (its files and statistics give {expected[:12]}, "
+                f"payload_hash is {self.hash[:12]}): redo the stage with FORCE=1"
+            )
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path).as_posix()
+            if name.startswith(PAYLOAD) and not path.is_dir() and name not in self.manifest["files"]:
+                raise UserError(
+                    f"artifact {self.path}: {name} is not of this stage, and loading may read it: move it away"
+                )
         for name, digest in self.manifest["files"].items():
             if name in without:
                 continue

@@ -12,7 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.artifacts import sha256_file, write_json
 from rlhf.data import Renderer
 from rlhf.errors import UserError
-from rlhf.models import base_path, load_base_model, load_base_tokenizer, load_model, load_tokenizer, tokenizer_identity
+from rlhf.models import (
+    base_path,
+    load_base_model,
+    load_base_tokenizer,
+    load_model,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_identity,
+)
 from rlhf.recipe import Recipe
 
 # What tokenizers get wrong when they are converted: digits, runs of spaces, other scripts, code, marks of their own.
@@ -45,7 +53,7 @@ def convert(recipe: Recipe, out: Path) -> dict[str, Any]:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    save_tokenizer(tokenizer, partial, "causal")
     facts = compare(model, tokenizer, partial, recipe.model.chat)
     facts |= {"base": recipe.model.model_dump(mode="json", exclude_none=True)}
     if recipe.model.gguf_file:

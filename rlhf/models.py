@@ -37,7 +37,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import cached_file
 
-from rlhf.artifacts import inside, sha256_json, write_json
+from rlhf.artifacts import inside, sha256_file, sha256_json, write_json
 from rlhf.errors import UserError
 from rlhf.recipe import ModelSection, PeftSection, Recipe
 
@@ -75,6 +75,23 @@ def base_path(model: ModelSection) -> str:
     if not inside(folder, base):
         raise UserError(f"model.base {base!r}: outside model.package {model.package}: name a folder inside it")
     return str(folder / base)
+
+
+BASE_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.py")
+
+
+def base_files(recipe: Recipe) -> dict[str, Any]:
+    """sha256 of the files of a base model on this disk, for the fingerprint of the stage that starts from it.
+
+    A base on the Hub is known by its id and revision.
+    """
+    section = recipe.model
+    folder = Path(base_path(section)) if section.base else None
+    if folder is None or not folder.is_dir():
+        return {}
+    wanted = [section.gguf_file] if section.gguf_file else BASE_FILES
+    paths = sorted({path for pattern in wanted for path in folder.glob(pattern)})
+    return {"base": {path.name: sha256_file(path) for path in paths}}
 
 
 def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -700,7 +717,21 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     Weights are written in float32 as trained; generation config and chat template go along.
     """
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory, "score" if hasattr(model, "score") else "causal")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, kind: Literal["causal", "score"]) -> None:
+    """Write the tokenizer as plain code should use it with that model: batches are padded where it does no harm.
+
+    `generate` continues the last column, so a causal model wants its padding on the left. A score model is called
+    without positions, and with absolute ones (GPT-2) padding on the left would move every token and change the score.
+    """
+    side = tokenizer.padding_side
+    tokenizer.padding_side = "right" if kind == "score" else "left"
+    try:
+        tokenizer.save_pretrained(directory)
+    finally:
+        tokenizer.padding_side = side
 
 
 UNORDERED = ("target_modules", "modules_to_save", "exclude_modules")

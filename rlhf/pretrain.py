@@ -22,6 +22,7 @@ from rlhf.cards import write_card
 from rlhf.errors import UserError
 from rlhf.logs import check_trackers
 from rlhf.models import (
+    base_files,
     base_path,
     check_position_limit,
     compute_dtype,
@@ -144,4 +145,13 @@ def _data(recipe: Recipe) -> list[str]:
     return recipe.pretrain.data if recipe.pretrain else []
 
 
-STAGE = Stage("pretrain", 1, inputs=lambda recipe: [], data=_data, check=check, build=build, headline=("train_loss",))
+STAGE = Stage(
+    "pretrain",
+    1,
+    inputs=lambda recipe: [],
+    data=_data,
+    check=check,
+    build=build,
+    also=base_files,
+    headline=("train_loss",),
+)

@@ -19,6 +19,8 @@ from rlhf.ppo.generation.plain import left_pad
 from rlhf.ppo.rollout import uniforms
 
 FEWEST_ROWS, MOST_ROWS = 64, 256  # sampled at once
+# Settings of `ppo` that decide what a reward model's statistics are measured on; PPO says so where its own are others.
+SAMPLED_WITH = ("temperature", "top_p", "response_length", "max_prompt_length", "stop_strings")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from rlhf.errors import UserError
 from rlhf.logs import check_trackers
 from rlhf.models import (
     align_special_tokens,
+    base_files,
     base_path,
     check_position_limit,
     compute_dtype,
@@ -117,12 +118,20 @@ def build(ctx: StageContext) -> dict[str, Any]:
     return {"tokenizer": tokenizer_identity(tokenizer), "metrics": metrics}
 
 
-def sample_published(ctx: StageContext, renderer: Renderer, prompts: list, model_dir: Any, seed: int) -> Samples:
-    """Responses of a published policy with PPO's length and temperature, where the recipe has a `ppo` section."""
-    recipe = ctx.recipe
-    ppo = recipe.ppo
-    length = recipe.sft.eos_max_new_tokens or (ppo.response_length if ppo else 128)
-    dtype = compute_dtype(recipe)
+def sample_published(
+    ctx: StageContext, renderer: Renderer, prompts: list, model_dir: Any, length: int | None = None
+) -> Samples:
+    """Responses of a published policy, sampled as PPO does, where the recipe has a `ppo` section.
+
+    Args:
+        ctx: of the stage that asks.
+        renderer: of the policy's tokenizer.
+        prompts: texts or messages.
+        model_dir: of the policy.
+        length: most tokens of a response; None = PPO's, else sft.eos_max_new_tokens, else 128.
+    """
+    recipe, ppo = ctx.recipe, ctx.recipe.ppo
+    length = length or (ppo.response_length if ppo else recipe.sft.eos_max_new_tokens or 128)
     model = load_model(model_dir, dtype=torch.float32).to(PartialState().device).eval()
     return sample_responses(
         model,
@@ -130,9 +139,10 @@ def sample_published(ctx: StageContext, renderer: Renderer, prompts: list, model
         prompts,
         length,
         ppo.temperature if ppo else 1.0,
-        seed,
+        ctx.seed,
+        top_p=ppo.top_p if ppo else 1.0,
         stop_strings=ppo.stop_strings if ppo else [],
-        dtype=dtype,
+        dtype=compute_dtype(recipe),
     )
 
 
@@ -144,7 +154,7 @@ def measure_eos(ctx: StageContext, renderer: Renderer) -> dict[str, float]:
     rows = ctx.rows(section.data, section.eval_split, "sft")
     rows = fitting_rows(rows, renderer, ctx.recipe.ppo.max_prompt_length if ctx.recipe.ppo else None)
     prompts = [row["prompt"] for row in rows[: section.eos_prompts]]
-    samples = sample_published(ctx, renderer, prompts, ctx.dir / "model", ctx.seed)
+    samples = sample_published(ctx, renderer, prompts, ctx.dir / "model", section.eos_max_new_tokens)
     if samples.eos_rate < 0.5:
         logger.warning(
             "sft: only %.0f %% of responses end within %d tokens: PPO will see mostly cut responses; train longer, "
@@ -166,5 +176,6 @@ STAGE = Stage(
     data=lambda recipe: [recipe.sft.data],
     check=check,
     build=build,
+    also=base_files,
     headline=("eval_loss", "eos_rate"),
 )

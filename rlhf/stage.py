@@ -248,6 +248,14 @@ def stale_inputs(ctx: StageContext) -> list[str]:
     return stale
 
 
+def outdated_inputs(ctx: StageContext) -> Iterator[tuple[str, str]]:
+    """Inputs of this run, and what each was made from that is another one by now."""
+    for reference, artifact in ctx.inputs.items():
+        for name, digest in artifact.manifest["inputs"].items() if _is_stage_name(reference) else ():
+            if name in ctx.inputs and ctx.inputs[name].hash != digest:
+                yield reference, name
+
+
 def plan(ctx: StageContext, force: bool) -> str:
     """What would happen: skip, build, rebuild or resume.
 
@@ -311,6 +319,8 @@ def _run(ctx: StageContext, force: bool, dry_run: bool) -> Artifact | None:
         return None
     for stale in stale_inputs(ctx):
         logger.warning("input %s was built with other settings than this recipe's", stale)
+    for name, source in outdated_inputs(ctx):
+        logger.warning("input %s: it was made from another %s than the one that is there now: redo it", name, source)
     if is_main_process():
         for artifact in ctx.inputs.values():
             artifact.verify()

@@ -23,7 +23,7 @@ from rlhf.data import load_data_recipe, ordered_by_difficulty
 from rlhf.errors import UserError
 from rlhf.interrupt import Interrupted, finish_step_first, requested
 from rlhf.logs import trainer_callback
-from rlhf.models import check_saved, check_tensors, compute_dtype, load_model, save_adapter, save_model
+from rlhf.models import check_saved, check_tensors, compute_dtype, load_model, save_adapter, save_model, save_tokenizer
 from rlhf.stage import StageContext
 from rlhf.yamlio import nearest
 
@@ -293,7 +293,7 @@ def save_trained(
         save_model(model, tokenizer, ctx.dir / "model")
     else:
         model.save_pretrained(ctx.dir / "model", state_dict=dict(state))  # transformers empties the dict it is given
-        tokenizer.save_pretrained(ctx.dir / "model")
+        save_tokenizer(tokenizer, ctx.dir / "model", kind)
     if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) and "adapter" not in {
         path.name for path in ctx.dir.iterdir()
     }:

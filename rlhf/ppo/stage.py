@@ -37,6 +37,7 @@ from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.trainer import PPOTrainer, Prompts
 from rlhf.recipe import Recipe, RewardGateSection
 from rlhf.reward import gate
+from rlhf.sampling import SAMPLED_WITH
 from rlhf.stage import Stage, StageContext
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,19 @@ def load_prompts(
         texts=[renderer.prompt_text(rows[row]["prompt"]) for row in fits],
         columns={column: [rows[row].get(column) for row in fits] for column in extra},
     )
+
+
+def fixed_prompts(ctx: StageContext, renderer: Renderer) -> Prompts:
+    """Held-out prompts of the evaluations along the way. Without any, those that samples.jsonl shows each time.
+
+    Where a data recipe has no such split and nothing is evaluated, they are the first ones that are trained on.
+    """
+    config, count = ctx.recipe.ppo, ctx.recipe.ppo.eval_prompts
+    split = config.eval_split
+    if not config.eval_every:
+        count = ctx.recipe.logging.samples
+        split = split if split in load_data_recipe(config.data).split.names else config.split
+    return load_prompts(config.data, split, renderer, config.max_prompt_length, count, ctx.root)
 
 
 def check(ctx: StageContext) -> None:
@@ -142,7 +156,7 @@ def warn_other_sampling(ctx: StageContext) -> None:
     config = ctx.recipe.ppo
     for source in config.rewards:
         statistics = ctx.inputs[source.artifact].manifest["reward_statistics"] if source.artifact else {}
-        for key in ("temperature", "response_length"):
+        for key in ("data", "split", *SAMPLED_WITH):
             if statistics.get(key, getattr(config, key)) != getattr(config, key):
                 logger.warning(
                     "reward statistics of %s were measured with %s %s, this run samples with %s: scores may not "
@@ -199,11 +213,6 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     parts = [part for part in (actor_critic.policy, actor_critic.critic) if part is not None]
     pool = graph_pool(config.cuda_graphs, "ppo", parts, accelerator, config.gradient_checkpointing)
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
-    eval_prompts = None
-    if config.eval_every:
-        eval_prompts = load_prompts(
-            config.data, config.eval_split, renderer, config.max_prompt_length, config.eval_prompts, ctx.root
-        )
     return PPOTrainer(
         config=config,
         model=model,
@@ -212,7 +221,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         rewards=build_rewards(ctx, model, accelerator, pool),
         generator=generator,
         prompts=load_prompts(config.data, config.split, renderer, config.max_prompt_length, root=ctx.root),
-        eval_prompts=eval_prompts,
+        eval_prompts=fixed_prompts(ctx, renderer),
         decode=renderer.decode_response,
         pad_id=tokenizer.pad_token_id,
         seed=ctx.seed,
@@ -255,7 +264,7 @@ def _also(recipe: Recipe) -> dict[str, Any]:
 
 STAGE = Stage(
     "ppo",
-    1,
+    2,  # 2: critic with a tokenizer that pads on the right, fixed samples each time
     inputs=_inputs,
     data=lambda recipe: [recipe.ppo.data],
     check=check,

@@ -110,7 +110,7 @@ class PPOTrainer:
         reference: (input ids, attention mask, R') -> log-probabilities [b,R'] under the reference policy.
         rewards: weighted sources of scores.
         generator: samples responses of the current policy.
-        prompts, eval_prompts: what is trained and evaluated on.
+        prompts, eval_prompts: what is trained on; what is evaluated, or only shown in samples.jsonl, along the way.
         decode: response ids -> text.
         pad_id: for left-padding prompts.
         seed: of sampling, of the order of prompts and of mini-batches.
@@ -169,8 +169,9 @@ class PPOTrainer:
     def train(self) -> None:
         """Run (or continue) until `total_episodes`, `max_kl`, or an error."""
         self.restore()
-        if self.ppo_step == 0 and self.config.eval_every:
-            self.writer.write_samples(0, None, self.evaluate()[1], self.decode)
+        if self.ppo_step == 0:
+            fixed = self.evaluate()[1] if self.config.eval_every else self.respond()
+            self.writer.write_samples(0, None, fixed, self.decode)
         while self.ppo_step < self.config.total_steps and not self.stopped:
             metrics, rollout = self.step()
             self.ppo_step += 1
@@ -183,6 +184,8 @@ class PPOTrainer:
             self.writer.write(metrics)
             self.last_metrics = {key: value for key, value in metrics.items() if not key.startswith("perf/")}
             sampled = self.ppo_step == 1 or self._due(self.config.sample_every)
+            if sampled and not self.config.eval_every:
+                fixed = self.respond()
             self.writer.write_samples(self.ppo_step, rollout if sampled else None, fixed, self.decode)
             if self.bad_updates.too_many:
                 self._give_up()
@@ -379,16 +382,23 @@ class PPOTrainer:
             self.accelerator.unwrap_model(self.model).calibrate(scale, offset)
             rollout.values = torch.where(mask, scale * rollout.values + offset, 0)
 
-    def evaluate(self) -> tuple[dict[str, float], Rollout | None]:
-        """The current policy on held-out prompts, always with the same random numbers: metrics and responses."""
+    def respond(self) -> Rollout | None:
+        """Responses of the current policy to the held-out prompts, always with the same random numbers, and scored."""
         if self.eval_prompts is None:
-            return {}, None
+            return None
         rollout = self.rollout(self.eval_prompts, EVAL, 0)
         self.score(rollout, update=False)
         add_logprobs_and_values(rollout, self.read, self.config.max_tokens_per_micro_batch, self.accelerator)
-        mask, token_kl = rollout.response_mask, kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1")
-        rollout.rewards = token_rewards(rollout.scores, token_kl, mask, self.config.kl_coef)
-        kl = _per_response(token_kl, mask)
+        token_kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1")
+        rollout.rewards = token_rewards(rollout.scores, token_kl, rollout.response_mask, self.config.kl_coef)
+        return rollout
+
+    def evaluate(self) -> tuple[dict[str, float], Rollout | None]:
+        """The current policy on held-out prompts, always with the same random numbers: metrics and responses."""
+        rollout = self.respond()
+        if rollout is None:
+            return {}, None
+        kl = _per_response(kl_penalty(rollout.logprobs, rollout.ref_logprobs, "k1"), rollout.response_mask)
         score = float(rollout.scores.mean())
         metrics = {
             "eval/scores": score,

@@ -43,7 +43,7 @@ from rlhf.recipe import Recipe
 from rlhf.reward import report
 from rlhf.reward.batches import EXTRA, LengthSampler, PairCollator, pair_lengths
 from rlhf.reward.objective import Objective, frozen_head
-from rlhf.sampling import fitting_rows, score_sequences
+from rlhf.sampling import SAMPLED_WITH, fitting_rows, score_sequences
 from rlhf.sft import sample_published
 from rlhf.stage import Stage, StageContext, check_lineage, differences, is_main_process, load_inputs
 from rlhf.trainers import ExactResume, check_trainer_args, in_curriculum_order, run_trainer, save_trained, trainer_args
@@ -305,7 +305,7 @@ def statistics(ctx: StageContext, renderer: Renderer) -> dict[str, float]:
     rows = ctx.rows(name, split, "prompts")
     rows = fitting_rows(rows, renderer, recipe.ppo.max_prompt_length if recipe.ppo else None)
     prompts = [row["prompt"] for row in rows[: section.normalize_samples]]
-    samples = sample_published(ctx, renderer, prompts, ctx.inputs["sft"].model_dir, ctx.seed)
+    samples = sample_published(ctx, renderer, prompts, ctx.inputs["sft"].model_dir)
     ids = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
     model = load_model(ctx.dir / "model", "score").to(PartialState().device).eval()
     scores = numpy.array(score_sequences(model, ids, renderer.tokenizer.pad_token_id))
@@ -313,8 +313,9 @@ def statistics(ctx: StageContext, renderer: Renderer) -> dict[str, float]:
         "mean": float(scores.mean()),
         "std": float(max(scores.std(), 1e-6)),
         "samples": len(ids),
-        "temperature": recipe.ppo.temperature if recipe.ppo else 1.0,
-        "response_length": recipe.ppo.response_length if recipe.ppo else max(samples.lengths),
+        "data": name,
+        "split": split,
+        **{key: getattr(recipe.ppo, key) for key in SAMPLED_WITH if recipe.ppo},
     }
 
 
@@ -371,7 +372,7 @@ def redo_report(recipe: Recipe, root: Path, run: str | None = None, folder: str 
 
 STAGE = Stage(
     "reward",
-    2,  # 2: pairs of like length in a batch
+    3,  # 2: pairs of like length in a batch; 3: statistics of what PPO samples, tokenizer that pads on the right
     inputs=lambda recipe: ["sft"],
     data=lambda recipe: [recipe.reward.data] + ([recipe.ppo.data] if recipe.ppo else []),
     check=check,

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from rlhf.artifacts import Artifact
@@ -56,3 +57,16 @@ def test_sft_trains_on_the_cleaned_set_and_names_the_bytes(tmp_path: Path) -> No
     (new,) = again.manifest["data"].values()
     assert new["source_sha256"] != digest
     assert new["fingerprint"] == Artifact.load(cleaned.path).manifest["fingerprint"]
+
+    other = build_model(build_tokenizer())
+    with torch.no_grad():
+        other.transformer.wte.weight += 0.1
+    other.save_pretrained(tmp_path / "base")  # other weights in the same folder: not what the stage was made from
+    rebuilt = run_stage(STAGE, recipe, tmp_path / "artifacts")
+    assert rebuilt is not None and rebuilt.hash != again.hash
+    before, now = (found.manifest["fingerprint"]["also"]["base"] for found in (again, rebuilt))
+    assert {name for name in now if now[name] != before[name]} == {"model.safetensors"}
+    assert "tokenizer.json" in now
+    assert (
+        run_stage(STAGE, recipe, tmp_path / "artifacts").manifest["finished"] == rebuilt.manifest["finished"]
+    )  # skipped

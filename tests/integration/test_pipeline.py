@@ -117,6 +117,24 @@ def test_reward_model_loads_plainly_and_gives_the_scores_of_the_run(ci_run):
         assert (raw - statistics["mean"]) / statistics["std"] == pytest.approx(sample["scores"]["reward"], abs=2e-3)
 
 
+def test_reward_model_and_critic_score_a_plain_batch_as_each_text_alone(ci_run):
+    texts = [row["prompt"] + row["response"] for row in rows(ci_run / "evaluate" / "samples.jsonl")[:8]]
+    for directory in (ci_run / "reward" / "model", ci_run / "ppo" / "critic"):
+        model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        with torch.no_grad():
+            batch = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+            alone = [model(**tokenizer(text, return_tensors="pt")).logits for text in texts]
+        assert torch.allclose(batch, torch.cat(alone), atol=1e-4)
+    assert AutoTokenizer.from_pretrained(ci_run / "ppo" / "model").padding_side == "left"
+
+
+def test_reward_statistics_say_what_they_were_measured_on(ci_run):
+    statistics, ppo = Artifact.load(ci_run / "reward").manifest["reward_statistics"], load_recipe("ci").ppo
+    for key in ("data", "split", "temperature", "top_p", "response_length", "max_prompt_length", "stop_strings"):
+        assert statistics[key] == getattr(ppo, key)
+
+
 def test_policy_loads_plainly_and_gives_the_kl_of_the_run(ci_run):
     policies = {name: AutoModelForCausalLM.from_pretrained(ci_run / name / "model").eval() for name in ("sft", "ppo")}
     temperature = load_recipe("ci").ppo.temperature

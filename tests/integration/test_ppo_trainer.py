@@ -342,6 +342,25 @@ def test_samples_show_the_same_prompts_each_time(tmp_path):
     assert len({value for row in rows for value in row["token_value"]}) > 10
 
 
+def test_samples_have_fixed_prompts_without_any_evaluation(tmp_path):
+    settings = FOUR_STEPS | {"eval_every": None, "sample_every": 2}
+    traces = []
+    for samples in (3, 1):
+        root = tmp_path / str(samples)
+        trainer = toy_trainer(root, ppo=settings, logging={"report_to": [], "samples": samples})
+        trainer.train()
+        rows = rows_of(trainer.writer.directory / "samples.jsonl")
+        fixed = {
+            step: [row["prompt"] for row in rows if row["kind"] == "fixed" and row["step"] == step] for step in range(5)
+        }
+        assert {step for step, prompts in fixed.items() if prompts} == {0, 1, 2, 4}
+        assert len(fixed[0]) == samples and fixed[0] == fixed[1] == fixed[2] == fixed[4]
+        metrics = rows_of(trainer.writer.directory / "metrics.jsonl")
+        assert not any("eval/scores" in row for row in metrics)
+        traces.append([{key: value for key, value in row.items() if not key.startswith("perf/")} for row in metrics])
+    assert traces[0] == traces[1]  # looking changes nothing
+
+
 # ------------------------------------------------------------------------------------------------------- best step
 def fake_scores(monkeypatch, scores):
     """Make `eval/rlhf_reward` of ppo_step k the k-th of `scores`."""

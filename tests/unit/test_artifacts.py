@@ -121,6 +121,35 @@ def test_verify_finds_damage_of_every_file(tmp_path, name, damage):
 
 
 @pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda manifest: manifest["files"].pop("model/weights.bin"), "was changed"),
+        (lambda manifest: manifest["files"].update({"model/weights.bin": "0" * 64}), "was changed"),
+        (lambda manifest: manifest["reward_statistics"].update(mean=100.0), "was changed"),
+        (lambda manifest: manifest.update(status="running"), "its status is 'running'"),
+    ],
+)
+def test_verify_finds_a_manifest_that_was_changed(tmp_path, change, says):
+    partial = begin(tmp_path / "reward", "w")
+    finish(partial, {"stage": "reward", "status": "complete", "reward_statistics": {"mean": 0.5, "std": 2.0}})
+    artifact = publish(partial, tmp_path / "reward")
+    artifact.verify()
+    change(artifact.manifest)
+    write_json(artifact.path / "manifest.json", artifact.manifest)
+    with pytest.raises(UserError, match=f"{says}.*FORCE=1"):
+        Artifact.load(artifact.path).verify()
+
+
+def test_verify_finds_a_file_that_loading_would_read(tmp_path):
+    artifact = made(tmp_path / "sft", "w")
+    (artifact.path / "notes.txt").write_text("mine")  # no model reads it
+    artifact.verify()
+    (artifact.path / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model/adapter_config\.json is not of this stage"):
+        artifact.verify()
+
+
+@pytest.mark.parametrize(
     ("content", "says"),
     [
         ("", "damaged"),

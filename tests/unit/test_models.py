@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
 from transformers.activations import NewGELUActivation
 
 from rlhf.convert import convert
@@ -206,6 +206,26 @@ def test_a_pad_token_inside_a_response_does_not_move_the_score(tmp_path):
         scores[left, right] = float(last_position(Scorer(model)(ids, mask), mask))
     hidden = trunk_of(model)(torch.tensor([row])).last_hidden_state[0, -1]
     assert_close(list(scores.values()), [float(model.score(hidden))] * 3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_saved_is_right_in_a_plain_batch(tmp_path):
+    model = sequence_classifier(tmp_path, "gpt2")  # absolute positions
+    model.score.weight *= 100
+    tokenizer = build_tokenizer()
+    save_model(model, tokenizer, tmp_path / "reward")
+    save_model(MODELS["gpt2"](), tokenizer, tmp_path / "policy")
+    assert tokenizer.padding_side == "left"  # as it was
+    plain = AutoTokenizer.from_pretrained(tmp_path / "reward")
+    texts = ["good", "a film that was long and quite bad", "ok it is"]
+    scores = model(**plain(texts, padding=True, return_tensors="pt")).logits
+    alone = [model(**plain(text, return_tensors="pt")).logits for text in texts]
+    assert_close(scores, torch.cat(alone), atol=1e-5)
+    plain.padding_side = "left"
+    assert not torch.allclose(
+        model(**plain(texts, padding=True, return_tensors="pt")).logits, torch.cat(alone), atol=1e-2
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").padding_side == "left"  # `generate` wants it
 
 
 def test_score_head_is_drawn_with_variance_one_over_d_plus_one():

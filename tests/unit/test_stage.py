@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf import stage as stage_module
 from rlhf.artifacts import Artifact
@@ -388,6 +389,22 @@ def test_stale_input_warns_and_still_runs(root, recipe, caplog):
         "input sft (max_length 48 -> 40) was built with other settings than this recipe's",
     ]
     assert toy.built == [False]
+
+
+def test_a_reward_model_of_an_earlier_sft_warns(root, recipe, caplog):
+    build_sft_artifact(root, recipe=recipe)
+    build_reward_artifact(root, recipe=recipe)
+    shutil.rmtree(root / "toy" / "sft")
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        other = build_model(build_tokenizer())
+    with torch.no_grad():
+        other.transformer.wte.weight += 1
+    build_sft_artifact(root, recipe=recipe, model=other)
+    toy = Toy("ppo", inputs=("sft", "reward"))
+    run_stage(toy.stage, recipe, root)
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings[-1] == "input reward: it was made from another sft than the one that is there now: redo it"
 
 
 def test_fresh_input_and_input_of_another_recipe_do_not_warn(root, recipe, caplog):
