@@ -4,13 +4,18 @@ Active selection in rounds, as `make label-select` does it, on sets whose labels
 at random, then by each method up to a half, a Bradley-Terry head on frozen features after every round, accuracy on
 pairs of topics or prompts that no label came from. RLHF_DATA names the folder of the sets; `--table` writes the page.
 
-`--full MODEL --device cuda` trains whole reward models: on all labels, and on 20 per cent at random and selected.
+`--full MODEL --device cuda` trains whole reward models: on all labels, and on 20 per cent at random and selected. On a
+CPU `--layers 4` makes a small model of the base's first layers. Each accuracy is written at once, and the same command
+goes on after an interruption.
 """
 
 import argparse
 import json
 import math
+import os
 import tempfile
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +23,19 @@ from typing import Any
 import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.stats import t as student
+from torch.nn import ModuleList
 
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.data.cleaning.semantic import load_embedder
 from rlhf.data.recipe import SplitSpec
+from rlhf.errors import UserError
 from rlhf.labels.features import embedding_differences, longer, pair_ids, state_differences, word_differences
 from rlhf.labels.selection import METHODS, Pool, fit, prepared, select
 
 SETS = ("ukp_convarg1_dev", "rmb_harmless_dev")
-FULL_SETTINGS = ("epochs", "least_steps", "batch", "learning_rate", "max_length", "seeds", "method")
+# What accuracies of --full that stand side by side have in common.
+FULL_SETTINGS = ("layers", "epochs", "least_steps", "batch", "learning_rate", "max_length", "method", "limit", "device")
+SHOWN_SETTINGS = ("epochs", "least_steps", "batch", "learning_rate", "max_length", "limit", "device")
 SIDES = ("chosen_ids", "rejected_ids")
 SHARES = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 SEEDS = 5
@@ -187,51 +196,117 @@ def needed(curve: np.ndarray, target: float, shares: tuple[float, ...]) -> float
 
 
 # ------------------------------------------------------------------------------------------------- whole reward models
-def full(args: argparse.Namespace) -> dict[str, Any]:
-    """Train whole reward models on all labels, and on 20 % at random and by `--method`; accuracy by seed."""
+def full(args: argparse.Namespace, entries: list[dict[str, Any]], save: Any) -> None:
+    """Train whole reward models on all labels, and on 20 % at random and by `--method`.
+
+    Args:
+        args: of the command line.
+        entries: of the report, extended in place: {model, of_layers, settings, sets: {name: {pairs, runs}}}, where a
+            run is {labels, accuracy, minutes} by seed and arm. What is there with these settings is not trained again.
+        save: called after each run.
+    """
     from rlhf.models import load_model, load_tokenizer
 
-    result: dict[str, Any] = {}
+    entry = full_entry(entries, Path(args.full).name, {key: getattr(args, key) for key in FULL_SETTINGS})
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, model = load_causal(args.full)
+        entry["of_layers"] = model.config.num_hidden_layers
+        if args.layers is not None:
+            keep_first_layers(model, args.layers)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        tokenizer, model = load_tokenizer(folder), load_model(folder)
-        renderer = Renderer(tokenizer, False)
+        tokenizer, model = load_tokenizer(folder), load_model(folder).to(args.device)
         for name in args.data:
-            pairs, groups = load_set(name, args.limit)
-            raw = state_differences(pairs, model.to(args.device), renderer, MAX_LENGTH)
-            ids = [[pair_ids(pair, side, renderer) for pair in pairs] for side in ("response_a", "response_b")]
-            fits = np.array([max(len(a), len(b)) <= args.max_length for a, b in zip(*ids, strict=True)])
-            ids = [[row for row, keep in zip(side, fits, strict=True) if keep] for side in ids]
-            x, groups = prepared(raw, longer(pairs))[fits], groups[fits]
-            result[name] = {"pairs": int(fits.sum())} | full_set(args, folder, tokenizer, ids, x, groups)
-    return result
+            x, groups, ids = full_pairs(args, name, tokenizer, model, title(entry))
+            found = entry["sets"].get(name)
+            if found is None or found["pairs"] != len(x):  # the data have changed
+                found = entry["sets"][name] = {"pairs": len(x), "runs": {}}
+            for seed in range(args.seeds):
+                runs = found["runs"].setdefault(str(seed), {})
+                for arm, run in full_runs(args, folder, tokenizer, ids, x, groups, seed, runs):
+                    runs[arm] = run
+                    print(f"  full, {name}, seed {seed} {arm}: {json.dumps(run)}", flush=True)
+                    save()
 
 
-def full_report(old: dict[str, Any] | None, model: str, settings: dict[str, Any], sets: dict[str, Any]) -> dict:
-    """The sets measured now, beside those that were measured earlier with the same model and settings."""
-    new = {"model": model, "settings": settings}
-    same = old is not None and {key: old[key] for key in new} == new
-    return new | {"sets": (old["sets"] if old and same else {}) | sets}
+def full_entry(entries: list[dict[str, Any]], model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The entry of this model and these settings: the one that is there, or a new one."""
+    same = [entry for entry in entries if (entry["model"], entry["settings"]) == (model, settings)]
+    if not same:
+        entries.append({"model": model, "settings": settings, "sets": {}})
+    return (same or entries)[-1]
 
 
-def full_set(args: argparse.Namespace, folder: str, tokenizer: Any, ids: Any, x: np.ndarray, groups: Any) -> dict:
-    """Accuracies of one set by seed, and what 20 % of the labels keep of the full accuracy above chance."""
-    arms: dict[str, list[float]] = {"all": [], "random": [], args.method: []}
+def keep_first_layers(model: Any, count: int) -> None:
+    """Make `model` the smaller one of its first `count` layers; embedding, last norm and head stay.
+
+    Raises:
+        UserError: it does not have as many, or they are not found.
+    """
+    config = model.config
+    if not 1 <= count <= config.num_hidden_layers:
+        raise UserError(f"--layers {count}: the model has {config.num_hidden_layers} layers")
+    for module in list(model.base_model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, ModuleList) and len(child) == config.num_hidden_layers:
+                setattr(module, name, child[:count])
+                config.num_hidden_layers = count
+                if getattr(config, "layer_types", None):  # kinds of attention by layer
+                    config.layer_types = config.layer_types[:count]
+                return
+    raise UserError(f"--layers: no list of {config.num_hidden_layers} layers in a {type(model).__name__}")
+
+
+def full_pairs(args: argparse.Namespace, name: str, tokenizer: Any, model: Any, label: str) -> tuple[Any, Any, Any]:
+    """Of the pairs that fit: what selection sees of them, their groups, and the ids of both sides."""
+    renderer = Renderer(tokenizer, False)
+    pairs, groups = load_set(name, args.limit)
+    file = args.cache / f"{Path(name).stem}_{label}_{len(pairs)}.npy" if args.cache else None
+    raw = cached(file, lambda: state_differences(pairs, model, renderer, MAX_LENGTH))
+    ids = [[pair_ids(pair, side, renderer) for pair in pairs] for side in ("response_a", "response_b")]
+    fits = np.array([max(len(a), len(b)) <= args.max_length for a, b in zip(*ids, strict=True)])
+    ids = [[row for row, keep in zip(side, fits, strict=True) if keep] for side in ids]
+    return prepared(raw, longer(pairs))[fits], groups[fits], ids
+
+
+def full_runs(
+    args: argparse.Namespace, folder: str, tokenizer: Any, ids: Any, x: np.ndarray, groups: Any, seed: int, done: Any
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arm and run of one seed, without those that are `done`."""
     shares = tuple(share for share in SHARES if share <= GOAL_SHARE)
-    for seed in range(args.seeds):
-        test = held_out(groups, seed)
-        train = np.flatnonzero(~test)
-        picks = {"all": train} | {m: train[rounds(x[train], m, seed, shares)[-1]] for m in ("random", args.method)}
-        for arm, rows in picks.items():
-            arms[arm].append(train_and_test(args, folder, tokenizer, ids, rows, np.flatnonzero(test), seed))
-            print(f"  full, seed {seed} {arm}: {len(rows)} labels, accuracy {arms[arm][-1]:.4f}", flush=True)
-    above = {arm: np.array(values) - 0.5 for arm, values in arms.items()}
-    found = {arm: {"accuracy": interval(np.array(values)), "by_seed": values} for arm, values in arms.items()}
-    for arm in ("random", args.method):
-        found[arm]["kept_at_goal"] = interval(above[arm] / above["all"])
-    return found
+    test = held_out(groups, seed)
+    train = np.flatnonzero(~test)
+    for arm in full_arms(args.method):
+        if arm not in done:
+            rows = train if arm == "all" else train[rounds(x[train], arm, seed, shares)[-1]]
+            began = time.monotonic()
+            found = train_and_test(args, folder, tokenizer, ids, rows, np.flatnonzero(test), seed)
+            minutes = round((time.monotonic() - began) / 60, 1)
+            yield arm, {"labels": len(rows), "accuracy": found, "minutes": minutes}
+
+
+def full_summary(found: dict[str, Any], method: str) -> dict[str, Any]:
+    """By arm the accuracy, and what its labels keep of the full accuracy above chance; of seeds that have every arm."""
+    arms = full_arms(method)
+    whole = [[runs[arm]["accuracy"] for arm in arms] for runs in found["runs"].values() if set(arms) <= set(runs)]
+    columns = np.array(whole).reshape(-1, len(arms)).T
+    above = columns - 0.5
+    values = {
+        arm: {"accuracy": interval(columns[place]), "kept_at_goal": interval(above[place] / above[0])}
+        for place, arm in enumerate(arms if whole else ())
+    }
+    return {"seeds": len(whole), "arms": values}
+
+
+def full_arms(method: str) -> list[str]:
+    """What labels a reward model is trained on: all, 20 % at random, and 20 % selected."""
+    return list(dict.fromkeys(("all", "random", method)))
+
+
+def title(entry: dict[str, Any]) -> str:
+    """The model of --full in words."""
+    layers = entry["settings"]["layers"]
+    return entry["model"] + (f", first {layers} of {entry['of_layers']} layers" if layers else "")
 
 
 def train_and_test(
@@ -252,8 +327,10 @@ def train_and_test(
         trainer = our_trainer(options, new_reward_model(folder, seed), tokenizer, pairs, Path(root), seed)
         train_plain(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    sides = [score_sequences(model, [side[row] for row in test], tokenizer.pad_token_id) for side in ids]
-    return accuracy(np.array(sides[0]) - np.array(sides[1]))
+    sides = [[tuple(side[row]) for row in test] for side in ids]
+    texts = sorted(set(sides[0] + sides[1]))  # many pairs are of few answers
+    scores = dict(zip(texts, score_sequences(model, [list(ids) for ids in texts], tokenizer.pad_token_id), strict=True))
+    return accuracy(np.array([scores[a] - scores[b] for a, b in zip(*sides, strict=True)]))
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -276,28 +353,37 @@ def tables(report: dict[str, Any]) -> str:
                 fewer = "{:.2f}x [{:.2f}, {:.2f}]".format(*values["fewer_labels"])
                 cells += ["-", "-"] if method == "random" else [_points(values["gain_at_goal"], sign="+"), fewer]
                 lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *_full_table(report.get("full"))]).strip()
+    return "\n".join([*lines, *_full_table(report.get("full", []))]).strip()
 
 
-def _full_table(report: dict[str, Any] | None) -> list[str]:
-    if not report:
-        return []
-    lines = ["", f"**Whole reward models, {report['model']}**", ""]
-    lines += ["| set | labels | accuracy | kept of all labels |", "| --- | --- | --- | --- |"]
-    for name, entry in report["sets"].items():
-        for arm, values in entry.items():
-            if isinstance(values, dict):
+def _full_table(entries: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for entry in entries:
+        sets = {name: full_summary(found, entry["settings"]["method"]) for name, found in entry["sets"].items()}
+        sets = {name: found for name, found in sets.items() if found["seeds"]}
+        if not sets:
+            continue
+        shown = {key.replace("_", " "): entry["settings"][key] for key in SHOWN_SETTINGS}
+        settings = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
+        lines += ["", f"**Whole reward models, {title(entry)}** ({settings})", ""]
+        lines += ["| set | seeds | labels | accuracy | kept of all labels |", "| --- " * 5 + "|"]
+        for name, found in sets.items():
+            for arm, values in found["arms"].items():
                 share = "all" if arm == "all" else f"20 %, {arm}"
-                kept = _percent(values["kept_at_goal"]) if "kept_at_goal" in values else "-"
-                lines.append(f"| `{name}` | {share} | {_points(values['accuracy'])} | {kept} |")
+                kept = "-" if arm == "all" else _percent(values["kept_at_goal"])
+                lines.append(f"| `{name}` | {found['seeds']} | {share} | {_points(values['accuracy'])} | {kept} |")
     return lines
 
 
 def _points(values: list[float], sign: str = "") -> str:
+    if math.isnan(values[1]):  # of one seed
+        return f"{100 * values[0]:{sign}.1f}"
     return f"{{:{sign}.1f}} [{{:{sign}.1f}}, {{:{sign}.1f}}]".format(*(100 * value for value in values))
 
 
 def _percent(values: list[float]) -> str:
+    if math.isnan(values[1]):
+        return f"{100 * values[0]:.0f} %"
     return "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * value for value in values))
 
 
@@ -342,6 +428,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help=f"only write the tables of {PAGE.name}")
     parser.add_argument("--full", metavar="MODEL", help="train whole reward models from this folder, or recipe's base")
+    parser.add_argument("--layers", type=int, help="of --full: the first of the base alone (all)")
     parser.add_argument("--method", default="mix", choices=list(METHODS), help="of --full")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--least-steps", type=int, default=150, help="more epochs where labels are so few")
@@ -351,19 +438,25 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def save(out: Path, report: dict[str, Any]) -> None:
+    """Write the JSON file, whole or not at all, and the page where it is the project's."""
+    new = out.with_name(f"{out.name}.new")
+    new.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, out)
+    if out == RESULTS:
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), report), encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure, add the results to the JSON file, write the tables."""
     args = arguments(argv)
     report = json.loads(args.out.read_text()) if args.out.is_file() else {"shares": list(SHARES), "sets": {}}
     if args.full:
-        settings = {key: getattr(args, key) for key in FULL_SETTINGS}
-        report["full"] = full_report(report.get("full"), Path(args.full).name, settings, full(args))
+        full(args, report.setdefault("full", []), partial(save, args.out, report))
     elif not args.table:
         for name in args.data:
             measure(args, name, report["sets"].setdefault(name, {}))
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if args.out == RESULTS:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), report), encoding="utf-8")
+    save(args.out, report)
 
 
 if __name__ == "__main__":

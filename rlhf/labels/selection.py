@@ -99,12 +99,15 @@ def entropy(p: Array) -> Array:
 
 
 def select(method: str, pool: Pool, count: int, seed: int) -> Selection:
-    """Picks `count` pairs (all, where the pool has fewer) by one of `METHODS`.
+    """Picks `count` pairs (all, where the pool has fewer) by one of `METHODS`, none of them twice.
 
     The same pool, count and seed give the same pairs.
     """
     rng = np.random.default_rng([seed, len(pool.labelled)])
-    return METHODS[method](pool, min(count, len(pool.pairs)), rng)
+    count = min(count, len(pool.pairs))
+    found = METHODS[method](pool, count, rng)
+    assert len(set(found.rows.tolist())) == len(found.rows) == len(found.scores) == count, method
+    return found
 
 
 def _random(pool: Pool, count: int, rng: np.random.Generator) -> Selection:
@@ -154,11 +157,41 @@ def _mix(pool: Pool, count: int, rng: np.random.Generator) -> Selection:
     from sklearn.cluster import kmeans_plusplus
 
     p = _probabilities(pool)
-    # Which side the model guesses; where it has no idea (no labels yet), the longer one, so that A or B is no matter.
-    guess = np.where(p == 0.5, pool.pairs[:, -1] > 0, p > 0.5)
+    # Which side the model guesses; where it has no idea (no labels yet), one that does not depend on which is A.
+    guess = np.where(p == 0.5, _heavier(pool.pairs), p > 0.5)
     gradients = (p - guess)[:, None] * pool.pairs
-    _, rows = kmeans_plusplus(gradients, count, random_state=int(rng.integers(2**31)))
-    return Selection(rows.astype(np.int64), np.linalg.norm(gradients[rows], axis=1))
+    _, drawn = kmeans_plusplus(gradients, count, random_state=int(rng.integers(2**31)))
+    rows = drawn.astype(np.int64)
+    if len(set(drawn.tolist())) < count:  # it ran out of gradients that differ, and drew some again
+        rows = _first_of_each(gradients, rows)
+        rows = np.concatenate([rows, _more_of_each(gradients, rows)[: count - len(rows)]])
+    return Selection(rows, np.linalg.norm(gradients[rows], axis=1))
+
+
+def _heavier(pairs: Array) -> NDArray[np.bool_]:
+    """[N] whether x, not -x, is the side of the longer response; of equal ones, that of the largest feature."""
+    largest = pairs[np.arange(len(pairs)), np.abs(pairs).argmax(axis=1)]
+    return np.where(pairs[:, -1] != 0, pairs[:, -1], largest) > 0
+
+
+def _first_of_each(gradients: Array, drawn: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The drawn rows without those whose gradient is, but for rounding, that of one drawn earlier."""
+    same = 1e-9 * np.linalg.norm(gradients[drawn], axis=1).max()
+    gaps = (np.linalg.norm(gradients[drawn[:n]] - gradients[row], axis=1) for n, row in enumerate(drawn))
+    return drawn[[not (gap <= same).any() for gap in gaps]]
+
+
+def _more_of_each(gradients: Array, picked: NDArray[np.int64]) -> NDArray[np.int64]:
+    """All other rows: of every picked one's kin the longest gradient, then of each the second longest, and so on."""
+    from sklearn.metrics import pairwise_distances_argmin
+
+    rest = np.setdiff1d(np.arange(len(gradients)), picked)
+    rest = rest[np.argsort(-np.linalg.norm(gradients[rest], axis=1), kind="stable")]
+    turn, met = np.empty(len(rest), dtype=np.int64), np.zeros(len(picked), dtype=np.int64)
+    for place, kin in enumerate(pairwise_distances_argmin(gradients[rest], gradients[picked])):
+        turn[place] = met[kin]
+        met[kin] += 1
+    return rest[np.argsort(turn, kind="stable")]
 
 
 def _information(pool: Pool, count: int, rng: np.random.Generator) -> Selection:

@@ -1,12 +1,14 @@
 """Is a reward model good enough for PPO? Pass, warn or fail, each with its reason, from the numbers of its report.
 
 A bound that the whole 95 % interval misses fails; one that the value misses within its interval warns. So a small
-held-out set, which cannot tell, warns. Some checks never fail, because PPO can live with what they find.
+held-out set, which cannot tell, warns. Some checks never fail, because PPO can live with what they find. A number that
+is NaN holds no bound, so every comparison asks whether the bound holds.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -95,15 +97,19 @@ def lines(checks: list[Check], without: tuple[Verdict, ...] = ("pass",)) -> list
 
 # ------------------------------------------------------------------------------------------------------------- checks
 def _at_least(interval: Mapping[str, float], bound: float) -> Verdict:
-    return "fail" if interval["high"] < bound else "warn" if interval["value"] < bound else "pass"
+    return "fail" if not interval["high"] >= bound else "warn" if not interval["value"] >= bound else "pass"
 
 
 def _at_most(interval: Mapping[str, float], bound: float) -> Verdict:
-    return "fail" if interval["low"] > bound else "warn" if interval["value"] > bound else "pass"
+    return "fail" if not interval["low"] <= bound else "warn" if not interval["value"] <= bound else "pass"
 
 
 def _check(name: str, found: Verdict, reason: str, remedy: str) -> Check:
     return Check(name, found, reason, "" if found == "pass" else remedy)
+
+
+def _nan_first(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
 
 
 def _percent(interval: Mapping[str, float]) -> str:
@@ -118,7 +124,7 @@ def _accuracy(report: Report, gate: RewardGateSection) -> Iterator[Check]:
         yield _check("accuracy", _at_least(found, gate.min_accuracy), reason, remedy)
     leads = report["leads"]
     if gate.min_lead is not None and leads:
-        best, lead = min(leads.items(), key=lambda item: item[1]["value"])
+        best, lead = min(leads.items(), key=lambda item: _nan_first(item[1]["value"]))
         reason = f"{lead['value']:+.1%} [{lead['low']:+.1%}, {lead['high']:+.1%}] against the {best} baseline"
         reason += f", asked for {gate.min_lead:+.0%}"
         yield _check("baselines", _at_least(lead, gate.min_lead), reason, TRIVIAL)
@@ -177,7 +183,7 @@ def _padding(report: Report, gate: RewardGateSection) -> Iterator[Check]:
         if gate.max_padding_shift is None:
             return
         shift = row["largest"]
-        found: Verdict = "fail" if shift > gate.max_padding_shift else "pass"
+        found: Verdict = "pass" if shift <= gate.max_padding_shift else "fail"
         reason = f"{row['way']}: scores move by up to {shift:.2g} std, allowed {gate.max_padding_shift:.2g}"
         remedy = "look at the attention mask, position ids, and pad token of the model's config"
         yield _check("padding", found, reason, remedy)
@@ -193,7 +199,7 @@ def _softer(report: Report, gate: RewardGateSection) -> Iterator[Check]:
             yield _check("paraphrase", _softened(found), reason, "it reads the form of the prompt: vary the template")
     if gate.max_ece is not None:
         curve = report["calibration"]
-        found = "warn" if curve["ece"] > gate.max_ece else "pass"
+        found = "pass" if curve["ece"] <= gate.max_ece else "warn"
         reason = f"expected calibration error {curve['ece']:.3f}, allowed {gate.max_ece:.3f}"
         remedy = f"margins divided by {curve['temperature']:.2f} would fit better (error {curve['ece_after']:.3f})"
         yield _check("calibration", found, reason, remedy)
@@ -205,7 +211,7 @@ def _softer(report: Report, gate: RewardGateSection) -> Iterator[Check]:
             yield _check("out of distribution", _softened(found), reason, "do not let PPO go where it does not hold")
     for row in report["slices"]:
         told = row["slice"] not in ("all", "length", "better answer") and row["accuracy"]["n"] >= FEW_PAIRS
-        if told and row["accuracy"]["high"] < CHANCE:
+        if told and not row["accuracy"]["high"] >= CHANCE:
             reason = f"{row['slice']} {row['value']}: {_percent(row['accuracy'])} of {row['accuracy']['n']} pairs"
             yield Check("slice", "warn", reason, "below chance there: look at its labels")
 

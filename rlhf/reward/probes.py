@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.data import Prompt, Renderer
+from rlhf.errors import UserError
 from rlhf.evaluation.statistics import bootstrap_interval, wilson_interval
 from rlhf.evaluation.text_metrics import cjk_share, tokenize
 from rlhf.ppo.generation.plain import left_pad
@@ -54,11 +55,21 @@ class Subject:
         """Padding token."""
         return self.renderer.tokenizer.pad_token_id
 
-    def scores(self, sequences: list[list[int]]) -> np.ndarray:
-        """Raw scores [N] as PPO reads them, NaN where a sequence is longer than the limit."""
+    def scores(self, sequences: list[list[int]], what: str) -> np.ndarray:
+        """Raw scores [N] as PPO reads them; NaN where a sequence is longer than the limit, and nowhere else.
+
+        Args:
+            sequences: N rows of ids, prompt and response.
+            what: they are, for the error.
+
+        Raises:
+            UserError: a score is not finite.
+        """
         result = np.full(len(sequences), np.nan)
         fits = [number for number, ids in enumerate(sequences) if 0 < len(ids) <= self.limit]
-        result[fits] = score_sequences(self.model, [sequences[number] for number in fits], self.pad_id)
+        result[fits] = check_finite(
+            score_sequences(self.model, [sequences[number] for number in fits], self.pad_id), what
+        )
         return result
 
     def pair(self, row: Row) -> Pair:
@@ -66,10 +77,26 @@ class Subject:
         prompt = self.renderer.prompt_ids(row["prompt"])
         return Pair(row, prompt, *(self.renderer.response_ids(row["prompt"], row[s]) for s in ("chosen", "rejected")))
 
-    def scores_of(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores of the chosen and of the rejected responses, [N] each."""
-        chosen = self.scores([pair.prompt_ids + pair.chosen_ids for pair in pairs])
-        return chosen, self.scores([pair.prompt_ids + pair.rejected_ids for pair in pairs])
+    def scores_of(self, pairs: Sequence[Pair], what: str) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of the chosen and of the rejected responses, [N] each; see `scores`."""
+        chosen = self.scores([pair.prompt_ids + pair.chosen_ids for pair in pairs], what)
+        return chosen, self.scores([pair.prompt_ids + pair.rejected_ids for pair in pairs], what)
+
+
+def check_finite(scores: Sequence[float], what: str) -> np.ndarray:
+    """The scores [N] of `what`.
+
+    Raises:
+        UserError: one is NaN or infinite. As a number it would count as a wrong answer, or as one that was left out.
+    """
+    found = np.asarray(scores, dtype=float)
+    lost = int((~np.isfinite(found)).sum())
+    if lost:
+        raise UserError(
+            f"reward: {lost} of {len(found)} {what} have no finite score: has the training diverged? "
+            "Lower reward.trainer.learning_rate, or raise warmup_steps"
+        )
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- edits
@@ -156,7 +183,7 @@ def edits(
     result = []
     for name, meaning in EDITS.items():
         new = [_edited(subject, name, pair, seed + number) for number, pair in enumerate(pairs)]
-        new_chosen, new_rejected = (subject.scores([ids[side] for ids in new]) for side in (0, 1))
+        new_chosen, new_rejected = (subject.scores([ids[side] for ids in new], f"answers {name!r}") for side in (0, 1))
         fits = ~np.isnan(new_chosen) & ~np.isnan(new_rejected)
         row: dict[str, Any] = {"edit": name, "meaning": meaning, "n": int(2 * fits.sum())}
         if fits.any():
@@ -252,7 +279,7 @@ def paraphrases(
         reworded = [
             subject.pair(dict(pair.row) | {"prompt": rephrased(pair.row["prompt"], template)}) for pair in pairs
         ]
-        chosen, rejected = subject.scores_of(reworded)
+        chosen, rejected = subject.scores_of(reworded, f"pairs reworded as {template!r}")
         after = chosen - rejected
         fits = ~np.isnan(after)
         row: dict[str, Any] = {"template": template, "n": int(fits.sum())}

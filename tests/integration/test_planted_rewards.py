@@ -78,5 +78,5 @@ def test_text_of_a_pair_is_no_markup(reports):
 def test_a_model_that_diverged_is_said_not_measured(tmp_path):
     subject = reward_toys.train(str(tmp_path), lambda row: row)
     subject.model.score.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="40 of 40 held-out pairs have no finite score, so the training has diverged"):
+    with pytest.raises(UserError, match="40 of 40 held-out pairs have no finite score: has the training diverged"):
         measure(subject, [], reward_toys.honest_pairs(40, seed=2), SETTINGS, 0)

@@ -176,6 +176,16 @@ def test_two_selections_at_once_lose_nothing(tmp_path, monkeypatch):
     assert len(found) == len(set(found)) == 4 + len(new) > 6
 
 
+@pytest.mark.parametrize("method", ["mix", "diversity", "information", "random"])
+def test_prompts_with_the_same_answers_are_selected_once_each(tmp_path, method):
+    pairs = [{"prompt": f"is it {i}?", "response_a": "yes", "response_b": "no"} for i in range(40)]
+    data = recipe(tmp_path, "mine", source={"files": str(write_rows(tmp_path / "p.jsonl", pairs))}, clean=[])
+    selected = tmp_path / "selected.jsonl"
+    choice = choose.Choice(load_data_recipe(data), count=10, method=method)
+    choose.choose(choice, tmp_path, selected, tmp_path / "labels.jsonl")
+    assert len({row["pair"] for row in read_rows(selected)}) == len(read_rows(selected)) == 10
+
+
 def test_labels_so_far_lead_the_selection(tmp_path):
     # Answers with "kind" win. What is left: pairs where both have it, and pairs where one has it.
     known = [{"prompt": f"k {i}", "response_a": f"kind word {i}", "response_b": f"rude word {i}"} for i in range(12)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf.labels.features import embedding_differences, longer, word_differences
-from rlhf.labels.selection import METHODS, NEEDS_MODEL, Pool, fit, prepared, select, sigmoid
+from rlhf.labels.selection import METHODS, NEEDS_MODEL, Pool, Selection, fit, prepared, select, sigmoid
 
 
 def pool(pairs, labelled=(), **more) -> Pool:
@@ -35,6 +35,48 @@ def test_all_pairs_where_the_pool_has_fewer(method):
     known = some_pool()
     small = Pool(known.pairs[:5], known.labelled)
     assert sorted(select(method, small, 9, seed=0).rows.tolist()) == [0, 1, 2, 3, 4]
+
+
+def repeated(kinds: int, each: int, labels: int = 12) -> Pool:
+    """Pairs that say the same, as those of yes/no answers do, after one equal pair of responses (x = 0)."""
+    some = some_pool(1)
+    pairs = np.concatenate([np.zeros((1, 4)), np.repeat(some.pairs[:kinds], each, axis=0)])
+    return Pool(pairs * np.where(np.arange(len(pairs)) % 3 == 0, -1.0, 1.0)[:, None], some.labelled[:labels])
+
+
+@pytest.mark.parametrize("labels", [0, 12])
+@pytest.mark.parametrize("count", [1, 7, 40, 99])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_pair_is_selected_twice_where_many_say_the_same(method, count, labels):
+    if method in NEEDS_MODEL and not labels:
+        pytest.skip("needs labels")
+    known = repeated(kinds=3, each=20, labels=labels)
+    for seed in range(3):
+        found = select(method, known, count, seed)
+        assert len(set(found.rows.tolist())) == len(found.rows) == len(found.scores) == min(count, 61)
+        assert found.rows.tolist() == select(method, known, count, seed).rows.tolist()
+
+
+def test_mix_takes_another_of_each_kind_once_all_kinds_are_there():
+    known = repeated(kinds=3, each=20)
+    kinds = np.repeat([3, 0, 1, 2], [1, 20, 20, 20])
+    for seed in range(5):
+        found = kinds[select("mix", known, 31, seed).rows]
+        assert np.bincount(found[found < 3]).tolist() == [10, 10, 10]
+
+
+def test_a_method_that_repeats_itself_is_a_bug(monkeypatch):
+    monkeypatch.setitem(METHODS, "same", lambda pool, count, rng: Selection(np.zeros(count, int), np.zeros(count)))
+    with pytest.raises(AssertionError, match="same"):
+        select("same", some_pool(), 2, seed=0)
+
+
+def test_mix_without_labels_tells_no_side_by_which_is_a_where_lengths_are_equal():
+    pairs = some_pool(2).pairs * [1, 1, 1, 0]  # the last column is the length
+    mirror = pairs * np.where(np.arange(60) % 3 == 0, -1.0, 1.0)[:, None]
+    for seed in range(3):
+        one, two = (select("mix", pool(each), 20, seed).rows.tolist() for each in (pairs, mirror))
+        assert one == two
 
 
 def test_random_is_a_draw_by_the_seed():

