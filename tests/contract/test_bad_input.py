@@ -413,7 +413,7 @@ CASES = [
     Case("no colon", ("'toy_rules.short'", "package.module:callable"), ("ppo.rewards=[{function: toy_rules.short}]",)),
     Case(
         "too few scores",
-        ("toy_rules:short", "1 values for 4 prompts", "one per prompt"),
+        ("toy_rules:short", "1 values for 6 prompts", "one per prompt"),
         ("ppo.rewards=[{function: 'toy_rules:short'}]",),
         prepare=rules,
     ),
