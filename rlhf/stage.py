@@ -259,6 +259,8 @@ def outdated_inputs(ctx: StageContext) -> Iterator[tuple[str, str]]:
 def plan(ctx: StageContext, force: bool) -> str:
     """What would happen: skip, build, rebuild or resume.
 
+    A `.partial` without a checkpoint has nothing to continue and nothing to lose: it is begun again, by any recipe.
+
     Raises:
         UserError: a `.partial` of another fingerprint is in the way.
     """
@@ -270,12 +272,12 @@ def plan(ctx: StageContext, force: bool) -> str:
             return "skip"
         logger.info("%s: rebuilding, because %s", ctx.final, "; ".join(changed[:5]))
     marker = ctx.dir / FINGERPRINT
-    if not ctx.dir.is_dir() or force:
+    if not resumable(ctx) or force:
         return "rebuild" if ctx.final.is_dir() else "build"
     try:
         started = json.loads(marker.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
-        return "build"  # died before its first line of work: nothing to resume, nothing to lose
+        return "build"  # nobody knows what its checkpoints are of
     changed = differences(started, ctx.fingerprint)
     if changed:
         raise UserError(
@@ -381,6 +383,11 @@ def _report(ctx: StageContext, result: dict[str, Any], seconds: float) -> None:
     logger.info("%s: done in %.0f s%s", ctx.final, seconds, f" ({', '.join(shown)})" if shown else "")
 
 
+def resumable(ctx: StageContext) -> bool:
+    """Whether `.partial` holds something to resume or to publish."""
+    return (ctx.dir / MANIFEST).is_file() or (ctx.checkpoints.is_dir() and any(ctx.checkpoints.iterdir()))
+
+
 @contextmanager
 def nothing_half_written(ctx: StageContext, main: bool) -> Iterator[None]:
     """On an error, leave `.partial` only where there is something to resume or to publish.
@@ -392,8 +399,8 @@ def nothing_half_written(ctx: StageContext, main: bool) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError, RuntimeError, ValueError, SafetensorError) as error:
-        resumable = (ctx.dir / MANIFEST).is_file() or (ctx.checkpoints.is_dir() and any(ctx.checkpoints.iterdir()))
-        if main and not resumable:
+        worth_keeping = resumable(ctx)
+        if main and not worth_keeping:
             shutil.rmtree(ctx.dir, ignore_errors=True)
         if isinstance(error, UserError):
             raise
@@ -401,7 +408,7 @@ def nothing_half_written(ctx: StageContext, main: bool) -> Iterator[None]:
             if not (artifact.path / MANIFEST).is_file():
                 raise UserError(
                     f"{ctx.stage.name}: its input {artifact.path} vanished while it ran: put it back or redo it, then "
-                    f"run {ctx.stage.name} again{' to continue' if resumable else ''}"
+                    f"run {ctx.stage.name} again{' to continue' if worth_keeping else ''}"
                 ) from error
         number = _disk_error(ctx, error)
         if number and not isinstance(error, OSError):

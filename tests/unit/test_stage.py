@@ -298,6 +298,15 @@ def test_a_partial_of_another_recipe_is_refused_and_force_discards_it(root, reci
     assert toy.built == [False, False] and names(artifact.path) == ["manifest.json", "model"]
 
 
+def test_a_partial_without_a_checkpoint_does_not_block_another_recipe(root, recipe):
+    """The evaluate stage has none: what failed there must not forbid the corrected command."""
+    toy = Toy()
+    interrupt(toy, recipe, root)
+    shutil.rmtree(root / "toy" / "sft.partial" / "checkpoints")
+    artifact = run_stage(toy.stage, changed(recipe, max_length=40), root)
+    assert toy.built == [False, False] and names(artifact.path) == ["manifest.json", "model"]
+
+
 def test_a_partial_that_died_at_birth_is_begun_again(root, recipe):
     folder = root / "toy" / "sft.partial"
     folder.mkdir(parents=True)
