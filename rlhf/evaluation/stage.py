@@ -34,8 +34,8 @@ from rlhf.evaluation.report import write_report
 from rlhf.evaluation.statistics import bootstrap_interval
 from rlhf.functions import load_function, source_hashes
 from rlhf.logs import append_row
-from rlhf.models import check_position_limit, compute_dtype, load_model, load_tokenizer
-from rlhf.recipe import LlmJudgeSection, Recipe
+from rlhf.models import check_position_limit, compute_dtype, load_model, load_tokenizer, tokenizer_identity
+from rlhf.recipe import LlmJudgeSection, PolicySource, Recipe
 from rlhf.reward.gate import lines as gate_lines
 from rlhf.reward.gate import verdict
 from rlhf.sampling import Samples, fitting_rows
@@ -94,10 +94,10 @@ def build(ctx: StageContext) -> dict[str, Any]:
     trained = ppo_artifact(ctx)
     history = trained.metrics() if trained else None
     write_report(ctx.dir, result, policies, history, judge=headline_judge(ctx.recipe), seed=ctx.seed)
-    for policy, samples in evaluated:
-        _write_samples(ctx.dir, policy, samples)
+    for source, (policy, samples) in zip(section.policies, evaluated, strict=True):
+        _write_samples(ctx.dir, policy, samples, policy_step(ctx, source), scores.maximised)
     append_row(ctx.dir / "metrics.jsonl", {"step": 0} | result["metrics"])
-    found = {"metrics": result["metrics"], "comparison": result}
+    found = {"tokenizer": tokenizer_identity(tokenizer), "metrics": result["metrics"], "comparison": result}
     return found | ({"gate": {"verdict": verdict(checks), "reasons": gate_lines(checks)}} if checks else {})
 
 
@@ -193,15 +193,24 @@ def headline_judge(recipe: Recipe) -> str | None:
     return recipe.evaluate.judges[0].name if recipe.evaluate.judges else None
 
 
-def _write_samples(directory: Path, policy: PolicySamples, samples: Samples) -> None:
+def policy_step(ctx: StageContext, source: PolicySource) -> int:
+    """The ppo_step that a policy is of; 0 where no PPO made it."""
+    if source.artifact is None or ctx.inputs[source.artifact].stage != "ppo":
+        return 0
+    return source.step or int(ctx.inputs[source.artifact].manifest["metrics"]["published_ppo_step"])
+
+
+def _write_samples(directory: Path, policy: PolicySamples, samples: Samples, step: int, maximised: str) -> None:
     with open(directory / "samples.jsonl", "a", encoding="utf-8") as file:
         for i in range(len(samples.prompts)):
             row = {
+                "step": step,
                 "policy": policy.name,
                 "prompt": samples.prompts[i],
                 "prompt_ids": samples.prompt_ids[i],
                 "response": samples.responses[i],
                 "response_ids": samples.response_ids[i],
+                "score": round(policy.scores[maximised][i], 4),
                 "scores": {name: round(values[i], 4) for name, values in policy.scores.items()},
                 "kl": None if policy.kl is None else round(policy.kl[i], 4),
                 "length": policy.lengths[i],
@@ -234,4 +243,4 @@ def _also(recipe: Recipe) -> dict[str, Any]:
     return recipe.ppo.model_dump(mode="json", include=keys) | also | {"sft": held_out}
 
 
-STAGE = Stage("evaluate", 2, inputs=_inputs, data=_data, check=check, build=build, also=_also)
+STAGE = Stage("evaluate", 3, inputs=_inputs, data=_data, check=check, build=build, also=_also)

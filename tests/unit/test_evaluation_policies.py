@@ -57,6 +57,18 @@ def test_policies_of_every_kind(root):
     assert "other_vs_sft/kl_delta" not in metrics and "other_vs_sft/length_delta" in metrics
 
 
+def test_samples_and_manifest_say_what_those_of_other_stages_do(tmp_path):
+    tokenizer = build_tokenizer()
+    sft = build_sft_artifact(tmp_path, tokenizer=tokenizer, model=lively(build_model(tokenizer)))
+    build_reward_artifact(tmp_path)
+    build_sft_artifact(tmp_path, stage="ppo", tokenizer=tokenizer, manifest={"metrics": {"published_ppo_step": 7}})
+    artifact = evaluated(tmp_path, prompts=4, best_of_n=1)
+    rows = [json.loads(line) for line in (artifact.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["policy"], row["step"]) for row in rows] == [("sft", 0)] * 4 + [("ppo", 7)] * 4
+    assert all(row["score"] == row["scores"]["reward"] for row in rows)
+    assert artifact.manifest["tokenizer"] == sft.manifest["tokenizer"]
+
+
 def test_sampling_settings_come_from_the_recipe_and_are_recorded(root):
     base = {"policies": [{"artifact": "sft"}, {"artifact": "sft", "name": "sft2"}]}
     plain = evaluated(root, **base).manifest["comparison"]
