@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.cli import guarded, setup_logging
+from rlhf.artifacts import DATA
 from rlhf.data import DataRecipe, load_data_recipe
-from rlhf.data.load import DATA, parts_of
+from rlhf.data.load import parts_of
 from rlhf.data.prepare import prepare
 from rlhf.errors import UserError
 

@@ -47,6 +47,20 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+DATA = "data"  # folder of prepared data sets, beside the runs
+
+
+def check_run(name: str, what: str = "--run") -> str:
+    """`name` where it can be that of a run.
+
+    Raises:
+        UserError: it is no plain name, or that of the data sets' folder: its locks and artifacts would be theirs.
+    """
+    if check_name(name, what) == DATA:
+        raise UserError(f"{what} {name!r}: the artifact directory keeps data sets in that folder: take another name")
+    return name
+
+
 def inside(folder: Path, name: str) -> bool:
     """Whether `folder / name` is below `folder`, by its name alone: a package's files may be links."""
     return Path(os.path.normpath(folder / name)).is_relative_to(os.path.normpath(folder))

@@ -323,7 +323,15 @@ def check_position_limit(path: str | Path, length: int, what: str, base: ModelSe
     Raises:
         UserError: `length` tokens are more than the model at `path` takes.
     """
-    limit = position_limit(path, base)
+    check_length(length, position_limit(path, base), what)
+
+
+def check_length(length: int, limit: int | None, what: str) -> None:
+    """`check_position_limit` where the limit is known; None = the model states none.
+
+    Raises:
+        UserError: `length` tokens are more than `limit`.
+    """
     if limit is not None and length > limit:
         raise UserError(f"{what} = {length} tokens, the model's position limit is {limit}: lower the lengths")
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from rlhf.cards import write_card
+from rlhf.data import check_split
 from rlhf.errors import UserError
 from rlhf.logs import check_trackers
 from rlhf.models import (
@@ -32,7 +33,7 @@ from rlhf.models import (
 )
 from rlhf.recipe import Architecture, Recipe
 from rlhf.stage import Stage, StageContext
-from rlhf.trainers import ExactResume, check_trainer_args, run_trainer, save_trained, trainer_args
+from rlhf.trainers import ExactResume, check_trainer, run_trainer, save_trained, trainer_args
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,9 @@ def check(ctx: StageContext) -> None:
     section = ctx.recipe.pretrain
     compute_dtype(ctx.recipe)
     check_trackers(ctx.recipe.logging.report_to)
-    check_trainer_args(TrainingArguments, section.trainer, "pretrain.trainer")
+    check_trainer(TrainingArguments, section.trainer, ctx, without_eval="leave it out")
+    for name in section.data:
+        check_split(name, section.split, "pretrain.split")
     architecture = section.architecture
     if architecture is None and ctx.recipe.model.gguf_file is None:
         check_position_limit(base_path(ctx.recipe.model), section.block_size, "pretrain.block_size", ctx.recipe.model)

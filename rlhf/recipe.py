@@ -19,6 +19,7 @@ from rlhf.errors import UserError
 from rlhf.yamlio import parse_scalar, read_yaml, validate
 
 RECIPE_DIR = Path(__file__).resolve().parents[1] / "pipelines" / "recipes"
+MAX_SEED = 2**32 - 1  # the largest that numpy takes
 
 
 class Section(BaseModel):
@@ -88,7 +89,7 @@ class PretrainSection(Section):
     block_size: int = Field(128, ge=8, description="Tokens per packed training row.")
     max_tokens: int | None = Field(None, ge=1, description="Stop reading text after this many tokens.")
     trainer: dict[str, Any] = Field({}, description="Passed to transformers.TrainingArguments.")
-    seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null = the recipe's seed.")
 
 
 class SftSection(Section):
@@ -100,11 +101,14 @@ class SftSection(Section):
     max_length: int = Field(1024, ge=2, description="Longest prompt + completion in tokens; longer rows are dropped.")
     eos_prompts: int = Field(128, ge=0, description="Held-out prompts sampled to measure the EOS rate; 0 = skip.")
     eos_max_new_tokens: int | None = Field(
-        None, ge=1, description="Budget of that sampling; null = ppo.response_length."
+        None,
+        ge=1,
+        description="Budget of that sampling; null = ppo.response_length. Without `ppo` null = 128, or half the "
+        "model's position limit where that is less; prompts that leave no room for the budget are then left out.",
     )
     limit: int | None = Field(None, ge=1, description="Use at most this many training rows.")
     trainer: dict[str, Any] = Field({}, description="Passed to TRL's SFTConfig, checked before anything loads.")
-    seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null = the recipe's seed.")
 
 
 class OtherPairs(Section):
@@ -205,7 +209,7 @@ class RewardSection(Section):
     report: RewardReportSection = RewardReportSection()
     gate: RewardGateSection = RewardGateSection()
     trainer: dict[str, Any] = Field({}, description="Passed to TRL's RewardConfig, checked before anything loads.")
-    seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null = the recipe's seed.")
 
 
 class RewardSource(Section):
@@ -358,7 +362,7 @@ class PPOSection(Section):
     )
     sample_every: int = Field(10, ge=1, description="ppo_steps between rows in samples.jsonl.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower.")
-    seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null = the recipe's seed.")
 
     @model_validator(mode="before")
     @classmethod
@@ -523,13 +527,16 @@ class EvaluateSection(Section):
     judges: list[JudgeSource] = Field([], description="The first one gives the headline win rate.")
     llm_judge: LlmJudgeSection | None = Field(None, description="A language model as judge; null = none.")
     bootstrap: int = Field(2000, ge=100, description="Resamples for the 95 % intervals.")
-    seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null = the recipe's seed.")
 
     @model_validator(mode="after")
     def _names_differ(self) -> EvaluateSection:
         names = [policy.label for policy in self.policies]
         if len(set(names)) < len(names):
             raise ValueError(f"policies are named {names}: give each its own `name`")
+        judges = [judge.name for judge in (*self.judges, self.llm_judge) if judge is not None]
+        if len(set(judges)) < len(judges):
+            raise ValueError(f"judges are named {judges}: give each its own `name`")
         return self
 
 
@@ -557,7 +564,7 @@ class Recipe(Section):
 
     name: str = Field(description="Default name of the run.")
     description: str = Field("", description="One line for people.")
-    seed: int = Field(0, ge=0, description="Seed of every stage that names none of its own.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed of every stage that names none of its own.")
     model: ModelSection = ModelSection()
     peft: PeftSection | None = Field(None, description="LoRA; null = full weights.")
     pretrain: PretrainSection | None = None

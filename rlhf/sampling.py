@@ -44,15 +44,18 @@ class Samples:
         return sum(self.has_eos) / len(self.has_eos)
 
 
-def fitting_rows(rows: list[dict], renderer: Renderer, max_length: int | None) -> list[dict]:
+def fitting_rows(rows: list[dict], renderer: Renderer, max_length: int | None, room: str | None = None) -> list[dict]:
     """Rows whose prompt has at most `max_length` tokens (None = all): what PPO trains on is what gets measured.
+
+    `room` says what they do not fit and what to do, for the message; None = ppo.max_prompt_length.
 
     Raises:
         UserError: no row fits.
     """
     fits = [row for row in rows if max_length is None or len(renderer.prompt_ids(row["prompt"])) <= max_length]
     if not fits:
-        raise UserError(f"none of {len(rows)} prompts fits ppo.max_prompt_length {max_length}: raise it")
+        room = room or f"ppo.max_prompt_length {max_length}: raise it"
+        raise UserError(f"none of {len(rows)} prompts fits {room}")
     return fits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,28 +13,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.cards import write_card
-from rlhf.data import Renderer
+from rlhf.data import Renderer, check_split
 from rlhf.errors import UserError
 from rlhf.logs import check_trackers
 from rlhf.models import (
     align_special_tokens,
     base_files,
     base_path,
-    check_position_limit,
+    check_length,
     compute_dtype,
     load_base_model,
     load_base_tokenizer,
     load_model,
     load_tokenizer,
     lora_config,
+    position_limit,
     tokenizer_identity,
 )
 from rlhf.recipe import Recipe
 from rlhf.sampling import Samples, fitting_rows, sample_responses
 from rlhf.stage import Stage, StageContext
-from rlhf.trainers import ExactResume, check_trainer_args, in_curriculum_order, run_trainer, save_trained, trainer_args
+from rlhf.trainers import ExactResume, check_trainer, in_curriculum_order, run_trainer, save_trained, trainer_args
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_BUDGET = 128  # tokens of a response that is sampled without a `ppo` section
 
 
 class ExactSFTTrainer(ExactResume, SFTTrainer):
@@ -64,16 +68,28 @@ def rendered_rows(rows: list[dict], renderer: Renderer, max_length: int, where: 
     return Dataset.from_dict({"input_ids": input_ids, "completion_mask": masks})
 
 
-def load_base(ctx: StageContext) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer that SFT starts from: the pretrain artifact, or the recipe's base."""
+def load_start_tokenizer(ctx: StageContext) -> PreTrainedTokenizerBase:
+    """Tokenizer that SFT starts from: the pretrain artifact's, or the recipe's base's."""
     if "pretrain" in ctx.inputs:
-        directory = ctx.inputs["pretrain"].model_dir
-        tokenizer = load_tokenizer(directory)
-        return load_model(directory), tokenizer
-    tokenizer = load_base_tokenizer(ctx.recipe.model)
+        return load_tokenizer(ctx.inputs["pretrain"].model_dir)
+    return load_base_tokenizer(ctx.recipe.model)
+
+
+def load_start_model(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Model that SFT starts from, fitted to its tokenizer."""
+    if "pretrain" in ctx.inputs:
+        return load_model(ctx.inputs["pretrain"].model_dir)
     model = load_base_model(ctx.recipe.model, tokenizer)
     align_special_tokens(model, tokenizer)
-    return model, tokenizer
+    return model
+
+
+def start_limit(ctx: StageContext) -> int | None:
+    """Position limit of the model that SFT starts from; None where its config states none, or it is a GGUF file."""
+    if "pretrain" in ctx.inputs:
+        return position_limit(ctx.inputs["pretrain"].model_dir)
+    section = ctx.recipe.model
+    return position_limit(base_path(section), section) if section.gguf_file is None else None
 
 
 def check(ctx: StageContext) -> None:
@@ -81,27 +97,32 @@ def check(ctx: StageContext) -> None:
     recipe, section = ctx.recipe, ctx.recipe.sft
     compute_dtype(recipe)
     check_trackers(recipe.logging.report_to)
-    check_trainer_args(SFTConfig, section.trainer, "sft.trainer")
-    if "pretrain" in ctx.inputs:
-        check_position_limit(ctx.inputs["pretrain"].model_dir, section.max_length, "sft.max_length")
-    elif recipe.model.gguf_file is None:
-        check_position_limit(base_path(recipe.model), section.max_length, "sft.max_length", recipe.model)
+    no_eval = None if section.eval_split else "name sft.eval_split, or set eval_strategy to 'no'"
+    check_trainer(SFTConfig, section.trainer, ctx, no_eval)
+    check_split(section.data, section.split, "sft.split")
+    check_length(section.max_length, start_limit(ctx), "sft.max_length")
+    if section.eval_split:
+        check_split(section.data, section.eval_split, "sft.eval_split")
+        if section.eos_prompts:
+            eos_budget(ctx)
 
 
 def build(ctx: StageContext) -> dict[str, Any]:
     """Train, publish the (merged) model, measure the EOS rate; see `Stage.build`."""
     recipe, section = ctx.recipe, ctx.recipe.sft
-    model, tokenizer = load_base(ctx)
+    tokenizer = load_start_tokenizer(ctx)
     renderer = Renderer(tokenizer, recipe.model.chat)
     train_rows = ctx.rows(section.data, section.split, "sft", limit=section.limit, seed=ctx.seed)
     train = rendered_rows(train_rows, renderer, section.max_length, "sft")
-    held_out = None
+    held_out, prompts = None, []
     if section.eval_split:
-        held_out = rendered_rows(
-            ctx.rows(section.data, section.eval_split, "sft"), renderer, section.max_length, "sft eval"
-        )
+        rows = ctx.rows(section.data, section.eval_split, "sft")
+        held_out = rendered_rows(rows, renderer, section.max_length, "sft eval")
+        if section.eos_prompts:
+            prompts = sampled_prompts(ctx, renderer, rows, section.eos_prompts, eos_budget(ctx))
+    model = load_start_model(ctx, tokenizer)
     peft = lora_config(recipe.peft, "CAUSAL_LM") if recipe.uses_peft("sft") else None
-    base = load_base(ctx)[0] if peft else model  # PEFT changes the model it is given
+    base = load_start_model(ctx, tokenizer) if peft else model  # PEFT changes the model it is given
     values = in_curriculum_order(section.data, section.trainer)
     args = trainer_args(SFTConfig, values, ctx, max_length=section.max_length, completion_only_loss=True)
     trainer = ExactSFTTrainer(
@@ -113,25 +134,67 @@ def build(ctx: StageContext) -> dict[str, Any]:
     save_trained(trainer, tokenizer, ctx, base, "causal")
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
-        metrics |= measure_eos(ctx, renderer)
+        metrics |= measure_eos(ctx, renderer, prompts)
         write_card(ctx, metrics, "Supervised fine-tuned policy; also PPO's reference.")
     return {"tokenizer": tokenizer_identity(tokenizer), "metrics": metrics}
 
 
-def sample_published(
-    ctx: StageContext, renderer: Renderer, prompts: list, model_dir: Any, length: int | None = None
-) -> Samples:
-    """Responses of a published policy, sampled as PPO does, where the recipe has a `ppo` section.
+@dataclass(frozen=True)
+class Budget:
+    """Most tokens of a prompt (None = any) and of its response, where a policy is sampled outside of PPO."""
+
+    prompt: int | None
+    response: int
+
+
+def sampling_budget(recipe: Recipe, limit: int | None, own: bool = False) -> Budget:
+    """PPO's lengths: what it trains on is what gets measured. Without a `ppo` section: what the model has room for.
+
+    Args:
+        recipe: of the run.
+        limit: of the model's positions; None = it states none.
+        own: sft.eos_max_new_tokens goes before ppo.response_length.
+
+    Raises:
+        UserError: the recipe names more than the limit.
+    """
+    ppo, named = recipe.ppo, recipe.sft.eos_max_new_tokens
+    if ppo is not None:
+        response, key = (named, "sft.eos_max_new_tokens") if own and named else (ppo.response_length, "response_length")
+        check_length(ppo.max_prompt_length + response, limit, f"ppo.max_prompt_length + {key}")
+        return Budget(ppo.max_prompt_length, response)
+    if named is not None:
+        check_length(1 + named, limit, "a prompt of one token + sft.eos_max_new_tokens")
+    response = named or min(DEFAULT_BUDGET, DEFAULT_BUDGET if limit is None else limit // 2)
+    return Budget(None if limit is None else limit - response, response)
+
+
+def sampled_prompts(ctx: StageContext, renderer: Renderer, rows: list[dict], count: int, budget: Budget) -> list:
+    """The first `count` prompts that fit the budget.
+
+    Raises:
+        UserError: none does.
+    """
+    room = None
+    if ctx.recipe.ppo is None:
+        room = (
+            f"the {budget.prompt} tokens that a response of {budget.response} leaves of the model's position limit: "
+            "lower sft.eos_max_new_tokens, or take shorter prompts"
+        )
+    return [row["prompt"] for row in fitting_rows(rows, renderer, budget.prompt, room)[:count]]
+
+
+def sample_published(ctx: StageContext, renderer: Renderer, prompts: list, model_dir: Any, length: int) -> Samples:
+    """Responses of at most `length` tokens of a published policy, sampled as PPO does, where the recipe has one.
 
     Args:
         ctx: of the stage that asks.
         renderer: of the policy's tokenizer.
         prompts: texts or messages.
         model_dir: of the policy.
-        length: most tokens of a response; None = PPO's, else sft.eos_max_new_tokens, else 128.
+        length: most tokens of a response.
     """
     recipe, ppo = ctx.recipe, ctx.recipe.ppo
-    length = length or (ppo.response_length if ppo else recipe.sft.eos_max_new_tokens or 128)
     model = load_model(model_dir, dtype=torch.float32).to(PartialState().device).eval()
     return sample_responses(
         model,
@@ -146,15 +209,16 @@ def sample_published(
     )
 
 
-def measure_eos(ctx: StageContext, renderer: Renderer) -> dict[str, float]:
+def eos_budget(ctx: StageContext) -> Budget:
+    """Of the responses that show whether SFT taught the EOS."""
+    return sampling_budget(ctx.recipe, start_limit(ctx), own=True)
+
+
+def measure_eos(ctx: StageContext, renderer: Renderer, prompts: list) -> dict[str, float]:
     """Share of sampled responses to held-out prompts that end by themselves: PPO cannot teach an EOS never seen."""
-    section = ctx.recipe.sft
-    if not section.eval_split or not section.eos_prompts:
+    if not prompts:
         return {}
-    rows = ctx.rows(section.data, section.eval_split, "sft")
-    rows = fitting_rows(rows, renderer, ctx.recipe.ppo.max_prompt_length if ctx.recipe.ppo else None)
-    prompts = [row["prompt"] for row in rows[: section.eos_prompts]]
-    samples = sample_published(ctx, renderer, prompts, ctx.dir / "model", section.eos_max_new_tokens)
+    samples = sample_published(ctx, renderer, prompts, ctx.dir / "model", eos_budget(ctx).response)
     if samples.eos_rate < 0.5:
         logger.warning(
             "sft: only %.0f %% of responses end within %d tokens: PPO will see mostly cut responses; train longer, "

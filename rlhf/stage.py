@@ -27,7 +27,7 @@ from rlhf.artifacts import (
     FINGERPRINT,
     MANIFEST,
     Artifact,
-    check_name,
+    check_run,
     finish,
     installed_versions,
     partial_dir,
@@ -295,7 +295,7 @@ def run_stage(
     Raises:
         UserError: bad input, inputs that are missing, damaged or do not fit together.
     """
-    ctx = StageContext(stage, recipe, Path(root), check_name(run or recipe.name, "--run"))
+    ctx = StageContext(stage, recipe, Path(root), check_run(run or recipe.name))
     recipe.section(stage.name)
     if dry_run:
         return _run(ctx, force, dry_run)

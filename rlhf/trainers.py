@@ -10,12 +10,19 @@ import shutil
 import time
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate.utils import DistributedType
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
 
 from rlhf.artifacts import write_json
 from rlhf.checkpoints import check_environment, environment, newest_whole, seal
@@ -59,13 +66,57 @@ DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,  # it waits for the device at every step
     "ddp_find_unused_parameters": False,  # every trained weight takes part in every forward
 }
+# Limits that the library's config does not hold: it fails once the model is there, or goes on with nonsense.
+LIMITS: dict[str, Any] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), Field(ge=1)),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), Field(ge=1)),
+    **dict.fromkeys(("save_steps", "eval_steps", "save_total_limit", "dataloader_num_workers"), Field(ge=0)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon"), Field(ge=0, allow_inf_nan=False)),
+    **dict.fromkeys(("max_grad_norm", "num_train_epochs"), Field(ge=0, allow_inf_nan=False)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Field(ge=0, lt=1)),
+    "logging_steps": Field(gt=0),
+    "max_steps": Field(ge=-1),  # -1: num_train_epochs decides
+}
+
+
+def check_trainer(config_cls: type, values: dict[str, Any], ctx: StageContext, without_eval: str | None = None) -> None:
+    """Everything about a pass-through section that can be known before a model is loaded.
+
+    Args:
+        config_cls: the library's dataclass.
+        values: the section.
+        ctx: of the stage that asks.
+        without_eval: what to do about an evaluation, where the stage has no held-out rows; None = it has.
+
+    Raises:
+        UserError: a key, type, value or combination that the library or the stage cannot take.
+    """
+    where = f"{ctx.stage.name}.trainer"
+    check_trainer_args(config_cls, values, where)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" or values.get("deepspeed"):
+        return  # its config leaves a mark that changes how models are loaded from then on
+    args: Any = trainer_args(config_cls, values, ctx)
+    strategy = str(args.eval_strategy.value)
+    if without_eval is not None and strategy != "no":
+        raise UserError(f"{where}.eval_strategy: {strategy!r} needs held-out rows, and there are none: {without_eval}")
+    weights = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    try:
+        get_scheduler(args.lr_scheduler_type, weights, 0, 10, args.lr_scheduler_kwargs)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}.lr_scheduler_kwargs: {args.lr_scheduler_kwargs!r}: {error}") from None
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise UserError(f"{where}.optim: {args.optim.value!r}: {error}") from None
+    except ValueError:
+        return  # some look at the model, which is not there yet
 
 
 def check_trainer_args(config_cls: type, values: dict[str, Any], where: str) -> None:
-    """Check keys and types of a pass-through section against the library's own dataclass.
+    """Check keys, types and ranges of a pass-through section against the library's own dataclass and `LIMITS`.
 
     Raises:
-        UserError: unknown or reserved key, or a value of another type.
+        UserError: unknown or reserved key, a value of another type or out of range.
     """
     hints = typing.get_type_hints(config_cls)
     known = {f.name for f in dataclasses.fields(config_cls) if f.init}
@@ -74,11 +125,12 @@ def check_trainer_args(config_cls: type, values: dict[str, Any], where: str) -> 
             raise UserError(f"{where}.{key}: not settable here ({value!r}): {RESERVED[key]}")
         if key not in known:
             raise UserError(f"{where}.{key}: {config_cls.__name__} has no such key{nearest(key, known)}")
+        wanted: Any = Annotated[hints[key], LIMITS[key]] if key in LIMITS else hints[key]
         try:
-            TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+            TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
         except ValidationError as error:
-            want = error.errors()[0]["msg"]
-            raise UserError(f"{where}.{key}: {value!r} has the wrong type: {want}") from None
+            want = error.errors()[0]["msg"].replace("Input should be", "must be")
+            raise UserError(f"{where}.{key}: {value!r} is not allowed; {want}") from None
 
 
 def in_curriculum_order(data: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf.artifacts import DATA
 from rlhf.data.cleaning import PerplexityStep
 from rlhf.data.formats import FORMATS, KIND_COLUMNS, POOLED, check_derivation, derive_rows, order_key
 from rlhf.data.pipeline import Counts, Row, detected, named, native_rows, options_of
@@ -22,8 +23,6 @@ from rlhf.errors import UserError
 from rlhf.yamlio import nearest
 
 logger = logging.getLogger(__name__)
-
-DATA = "data"  # folder of prepared sets below the artifact directory
 
 SOURCE = "source"  # column of a mixture's pairs: the part that they are of
 
@@ -57,9 +56,8 @@ def load_rows(
         UserError: unknown split or kind, missing package, file or column, too many bad rows, or no rows left.
     """
     where = f"data recipe {recipe.name!r}, split {split!r}"
-    if not recipe.mixture and split not in recipe.split.names:
-        names = ", ".join(recipe.split.names)
-        raise UserError(f"{where}: no such split{nearest(split, recipe.split.names)}; the recipe has {names}")
+    if not recipe.mixture:
+        _has_split(recipe, split)
     if kind not in KIND_COLUMNS:
         raise UserError(f"{where}: kind {kind!r} does not exist; known: {', '.join(KIND_COLUMNS)}")
     if limit is not None and limit < 1:
@@ -81,6 +79,33 @@ def load_rows(
         raise UserError(f"{where}: {error}") from error
     _report(where, split, kind, rows, counts)
     return rows
+
+
+def check_split(name: str, split: str, key: str) -> None:
+    """Whether a data recipe has a split, known from the recipe alone.
+
+    Args:
+        name: of the data recipe, or its path.
+        split: the one that a stage will read.
+        key: the setting that names it, for the message.
+
+    Raises:
+        UserError: no such recipe, or no such split in it or in a part of it.
+    """
+    for part in parts_of(load_data_recipe(name)):
+        try:
+            _has_split(part, split)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+
+
+def _has_split(recipe: DataRecipe, split: str) -> None:
+    if split not in recipe.split.names:
+        names = ", ".join(recipe.split.names)
+        raise UserError(
+            f"data recipe {recipe.name!r}, split {split!r}: no such split{nearest(split, recipe.split.names)}; the "
+            f"recipe has {names}"
+        )
 
 
 def prepared(recipe: DataRecipe, root: Path) -> None:

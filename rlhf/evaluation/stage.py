@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from rlhf.artifacts import MANIFEST, Artifact, sha256_file
-from rlhf.data import Renderer
+from rlhf.data import Renderer, check_split
 from rlhf.errors import UserError
 from rlhf.evaluation import frontier
 from rlhf.evaluation.compare import PolicySamples, compare, with_limits
@@ -55,13 +55,16 @@ def check(ctx: StageContext) -> None:
             load_function(judge.function)
         if judge.artifact is not None and "reward_statistics" not in ctx.inputs[judge.artifact].manifest:
             raise UserError(f"evaluate.judges: artifact {judge.artifact} is no reward model: name one")
+    check_split(section.data or ppo.data, section.split, "evaluate.split")
+    length, what = ppo.max_prompt_length + ppo.response_length, "ppo.max_prompt_length + response_length"
+    for artifact in ctx.inputs.values():
+        check_position_limit(artifact.model_dir, length, what)
     for policy in section.policies:
         if policy.step is not None:
             step_dir(ctx.inputs[policy.artifact], policy.step)
         if policy.model is not None:
             load_tokenizer(policy.model, **({"revision": policy.revision} if policy.revision else {}))
-            length = ppo.max_prompt_length + ppo.response_length
-            check_position_limit(policy.model, length, "ppo.max_prompt_length + response_length")
+            check_position_limit(policy.model, length, what)
 
 
 def build(ctx: StageContext) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_m
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.cards import write_card
-from rlhf.data import Renderer, load_data_recipe, load_rows
+from rlhf.data import Renderer, check_split, load_data_recipe, load_rows
 from rlhf.errors import UserError
 from rlhf.functions import load_function, source_hashes
 from rlhf.graphs import graph_pool
@@ -94,6 +94,9 @@ def check(ctx: StageContext) -> None:
     check_position_limit(
         sft.model_dir, config.max_prompt_length + config.response_length, "ppo.max_prompt_length + response_length"
     )
+    check_split(config.data, config.split, "ppo.split")
+    if config.eval_every:
+        check_split(config.data, config.eval_split, "ppo.eval_split")
     tracked = [key for key in PPO if key.startswith("eval/")]
     if config.best_metric is not None and config.best_metric not in tracked:
         raise UserError(f"ppo.best_metric {config.best_metric!r}: not measured on held-out prompts: one of {tracked}")
@@ -181,7 +184,9 @@ def build(ctx: StageContext) -> dict[str, Any]:
 def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOTrainer:
     """Models, optimizer, rewards and prompts of the recipe, placed by Accelerate."""
     recipe, config = ctx.recipe, ctx.recipe.ppo
-    dtype = compute_dtype(recipe)
+    renderer, dtype = Renderer(tokenizer, recipe.model.chat), compute_dtype(recipe)
+    prompts = load_prompts(config.data, config.split, renderer, config.max_prompt_length, root=ctx.root)
+    eval_prompts = fixed_prompts(ctx, renderer)
     accelerator = Accelerator(
         mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
         cpu=recipe.hardware.device == "cpu" or not torch.cuda.is_available(),
@@ -190,7 +195,6 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     )
     set_seed(ctx.seed)
     accelerator.init_trackers("tensorboard" if recipe.logging.report_to == ["tensorboard"] else recipe.logging.project)
-    renderer = Renderer(tokenizer, recipe.model.chat)
     model = build_actor_critic(ctx)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
@@ -220,8 +224,8 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         reference=Reference(ctx, model, accelerator),
         rewards=build_rewards(ctx, model, accelerator, pool),
         generator=generator,
-        prompts=load_prompts(config.data, config.split, renderer, config.max_prompt_length, root=ctx.root),
-        eval_prompts=fixed_prompts(ctx, renderer),
+        prompts=prompts,
+        eval_prompts=eval_prompts,
         decode=renderer.decode_response,
         pad_id=tokenizer.pad_token_id,
         seed=ctx.seed,

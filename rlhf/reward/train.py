@@ -17,9 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from trl import RewardConfig, RewardTrainer
 
-from rlhf.artifacts import Artifact, check_name
+from rlhf.artifacts import Artifact, check_run
 from rlhf.cards import write_card
-from rlhf.data import Renderer
+from rlhf.data import Renderer, check_split
 from rlhf.errors import UserError
 from rlhf.graphs import Graphed, allocate_gradients, graph_pool
 from rlhf.locks import locked
@@ -35,6 +35,7 @@ from rlhf.models import (
     load_tokenizer,
     lora_config,
     new_reward_model,
+    position_limit,
     tokenizer_identity,
 )
 from rlhf.ppo.packing import GRAPHS
@@ -43,10 +44,10 @@ from rlhf.reward import report
 from rlhf.reward.batches import EXTRA, LengthSampler, PairCollator, pair_lengths
 from rlhf.reward.objective import Objective, frozen_head
 from rlhf.reward.probes import check_finite
-from rlhf.sampling import SAMPLED_WITH, fitting_rows, score_sequences
-from rlhf.sft import sample_published
+from rlhf.sampling import SAMPLED_WITH, score_sequences
+from rlhf.sft import Budget, sample_published, sampled_prompts, sampling_budget
 from rlhf.stage import Stage, StageContext, check_lineage, differences, is_main_process, load_inputs
-from rlhf.trainers import ExactResume, check_trainer_args, in_curriculum_order, run_trainer, save_trained, trainer_args
+from rlhf.trainers import ExactResume, check_trainer, in_curriculum_order, run_trainer, save_trained, trainer_args
 
 logger = logging.getLogger(__name__)
 
@@ -209,8 +210,12 @@ def check(ctx: StageContext) -> None:
     section = ctx.recipe.reward
     compute_dtype(ctx.recipe)
     check_trackers(ctx.recipe.logging.report_to)
-    check_trainer_args(RewardConfig, section.trainer, "reward.trainer")
+    check_trainer(RewardConfig, section.trainer, ctx)
     check_position_limit(ctx.inputs["sft"].model_dir, section.max_length, "reward.max_length")
+    statistics_budget(ctx)
+    check_split(section.data, section.split, "reward.split")
+    check_split(section.data, section.eval_split, "reward.eval_split")
+    check_split(*statistics_source(ctx.recipe), "ppo.split" if ctx.recipe.ppo else "reward.split")
     for other in section.report.ood if is_main_process() else ():  # a misspelt name must not cost the training
         ctx.rows(other.data, other.split, "preference", limit=1)
 
@@ -222,6 +227,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
     tokenizer = load_tokenizer(sft_dir)
     renderer = Renderer(tokenizer, recipe.model.chat)
     (train, train_rows), (test, test_rows) = load_pairs(ctx, renderer)
+    prompts = statistics_prompts(ctx, renderer)
     options = {"train_sampling_strategy": "group_by_length"} | in_curriculum_order(section.data, section.trainer)
     args = trainer_args(RewardConfig, options, ctx, max_length=None)  # longer pairs are gone already
     model = new_reward_model(sft_dir, ctx.seed, **attention_options(ctx.recipe.model))
@@ -236,7 +242,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
         metrics |= headline(found)
         result["gate"] = report.summary(found)
         report.say(found, ctx.final)
-        result["reward_statistics"] = statistics(ctx, renderer)
+        result["reward_statistics"] = statistics(ctx, renderer, prompts)
         verdict = result["gate"]["verdict"].upper()
         summary = f"Scalar reward model; scores are raw (see the manifest). Its gate says {verdict} (report.html)."
         write_card(ctx, metrics | result["reward_statistics"], summary)
@@ -295,17 +301,30 @@ def wants_compile(recipe: Recipe, pairs: int, args: Any) -> bool:
     return args.device.type == "cuda" and steps >= COMPILE_FROM_STEPS
 
 
-def statistics(ctx: StageContext, renderer: Renderer) -> dict[str, float]:
+def statistics_source(recipe: Recipe) -> tuple[str, str]:
+    """Data recipe and split of the prompts that the statistics are measured on: PPO's, where there is one."""
+    return (recipe.ppo.data, recipe.ppo.split) if recipe.ppo else (recipe.reward.data, recipe.reward.split)
+
+
+def statistics_budget(ctx: StageContext) -> Budget:
+    """Lengths of the samples that the statistics are measured on."""
+    return sampling_budget(ctx.recipe, position_limit(ctx.inputs["sft"].model_dir))
+
+
+def statistics_prompts(ctx: StageContext, renderer: Renderer) -> list:
+    """Prompts of the statistics; loaded before anything is trained, since there may be none that fits."""
+    rows = ctx.rows(*statistics_source(ctx.recipe), "prompts")
+    return sampled_prompts(ctx, renderer, rows, ctx.recipe.reward.normalize_samples, statistics_budget(ctx))
+
+
+def statistics(ctx: StageContext, renderer: Renderer, prompts: list) -> dict[str, float]:
     """Mean and std of the raw score on responses that the SFT model samples; PPO shifts and scales by them.
 
     Of the published model: what PPO will load, not what training had in memory.
     """
-    recipe, section = ctx.recipe, ctx.recipe.reward
-    name, split = (recipe.ppo.data, recipe.ppo.split) if recipe.ppo else (section.data, section.split)
-    rows = ctx.rows(name, split, "prompts")
-    rows = fitting_rows(rows, renderer, recipe.ppo.max_prompt_length if recipe.ppo else None)
-    prompts = [row["prompt"] for row in rows[: section.normalize_samples]]
-    samples = sample_published(ctx, renderer, prompts, ctx.inputs["sft"].model_dir)
+    recipe = ctx.recipe
+    name, split = statistics_source(recipe)
+    samples = sample_published(ctx, renderer, prompts, ctx.inputs["sft"].model_dir, statistics_budget(ctx).response)
     ids = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
     model = load_model(ctx.dir / "model", "score").to(PartialState().device).eval()
     scores = check_finite(score_sequences(model, ids, renderer.tokenizer.pad_token_id), "responses of the SFT model")
@@ -349,7 +368,7 @@ def redo_report(recipe: Recipe, root: Path, run: str | None = None, folder: str 
     Raises:
         UserError: no reward artifact, damaged, or not the one that this recipe and SFT model make.
     """
-    ctx = StageContext(replace(STAGE, folder=folder), recipe, Path(root), check_name(run or recipe.name, "--run"))
+    ctx = StageContext(replace(STAGE, folder=folder), recipe, Path(root), check_run(run or recipe.name))
     recipe.section("reward")
     with locked(ctx.final.with_name(f"{folder}.lock")):
         load_inputs(ctx)

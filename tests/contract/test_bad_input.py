@@ -167,6 +167,16 @@ def disk_full_in_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
 
 
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake is to be found before any model is loaded."""
+    from transformers import PreTrainedModel
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", fail)
+
+
 def in_world_of(size: int) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda monkeypatch: monkeypatch.setenv("WORLD_SIZE", str(size))
 
@@ -181,6 +191,38 @@ def both(*steps: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.Monke
 
 SFT_DIR, REWARD_DIR = "artifacts/toy/sft", "artifacts/toy/reward"
 NO_MODEL = remove("artifacts")
+TWO_POLICIES = "evaluate.policies=[{artifact: sft}, {artifact: sft, best_of: 2}]"
+RAW = "pretrain={data: [prompts.yaml], trainer: {%s}}"
+
+
+def trainer_cases() -> list[Case]:
+    """Values that TRL takes as they are, and fails with once the model is there."""
+    bad = {
+        "per_device_train_batch_size=0": "greater than or equal to 1",
+        "per_device_eval_batch_size=0": "greater than or equal to 1",
+        "gradient_accumulation_steps=0": "greater than or equal to 1",
+        "eval_accumulation_steps=0": "greater than or equal to 1",
+        "learning_rate=-1": "greater than or equal to 0",
+        "learning_rate=.nan": "finite number",
+        "adam_beta2=1.0": "less than 1",
+        "adam_epsilon=-1e-8": "greater than or equal to 0",
+        "dataloader_num_workers=-1": "greater than or equal to 0",
+        "save_total_limit=-1": "greater than or equal to 0",
+        "logging_steps=0": "greater than 0",
+        "max_steps=-5": "greater than or equal to -1",
+        "lr_scheduler_type=foo": "select one of ['linear'",
+        "lr_scheduler_kwargs={min: 1}": "unexpected keyword argument 'min'",
+        "optim=adam": "select one of ['adamw_torch'",
+        "optim=galore_adamw": "install `galore_torch`",
+    }
+    cases = []
+    for number, (setting, remedy) in enumerate(bad.items()):
+        stage = ("sft", "reward")[number % 2]
+        says = (f"{stage}.trainer", remedy)
+        cases.append(Case(f"{stage}.trainer.{setting}", says, (f"{stage}.trainer.{setting}",), stage, prepare=no_model))
+    return cases
+
+
 CASES = [
     # ------------------------------------------------------------------------------------------------- the recipe
     Case("unknown recipe", ("--recipe tinny", "did you mean 'tiny'"), recipe_name="tinny"),
@@ -195,6 +237,15 @@ CASES = [
     Case("missing key", ("sft.data", "required"), recipe={"sft": {"data": None}} | {}, overrides=("sft={}",)),
     Case("duplicate key", ("toy.yaml line 3", "'seed'", "keep one"), recipe="name: toy\nseed: 1\nseed: 2\n"),
     Case("broken YAML", ("toy.yaml line 3", "expected ',' or '}'"), recipe="name: toy\nppo: {kl_coef: 0.1\n"),
+    Case("seed too large", ("ppo.seed", "99999999999", "4294967295"), ("ppo.seed=99999999999",), prepare=no_model),
+    Case(
+        "two judges of one name",
+        ("evaluate", "judges are named ['judge', 'judge']", "its own `name`"),
+        ("evaluate.judges=[{vader: true}, {vader: true}]",),
+        "evaluate",
+        prepare=no_model,
+    ),
+    Case("run in the place of the data sets", ("--run 'data'", "take another name"), ("--run", "data"), "sft"),
     Case("list for a recipe", ("toy.yaml", "['sft']", "write `key: value` lines"), recipe="- sft\n"),
     Case(
         "override cut by the shell",
@@ -268,6 +319,28 @@ CASES = [
         ("sft.trainer.save_strategy=sometimes",),
         "sft",
     ),
+    *trainer_cases(),
+    Case(
+        "evaluation of sft without rows",
+        ("sft.trainer.eval_strategy", "'steps'", "name sft.eval_split"),
+        ("sft.trainer.eval_strategy=steps", "sft.eval_split=null"),
+        "sft",
+        prepare=no_model,
+    ),
+    Case(
+        "evaluation of pretrain",
+        ("pretrain.trainer.eval_strategy", "'epoch'", "leave it out"),
+        (RAW % "eval_strategy: epoch",),
+        "pretrain",
+        prepare=no_model,
+    ),
+    Case(
+        "batch of pretrain",
+        ("pretrain.trainer.per_device_train_batch_size", "0", "greater than or equal to 1"),
+        (RAW % "per_device_train_batch_size: 0",),
+        "pretrain",
+        prepare=no_model,
+    ),
     Case(
         "tracker not installed",
         ("logging.report_to", "wandb", "pip install wandb"),
@@ -315,9 +388,48 @@ CASES = [
     Case("sft rows too long", ("sft.max_length = 65", "limit is 64", "lower"), ("sft.max_length=65",), "sft"),
     Case("pairs too long", ("reward.max_length = 65", "limit is 64", "lower"), ("reward.max_length=65",), "reward"),
     Case(
-        "no prompt fits", ("prompts", "none of 12", "ppo.max_prompt_length 1", "raise it"), ("ppo.max_prompt_length=1",)
+        "no prompt fits",
+        ("prompts", "none of 12", "ppo.max_prompt_length 1", "raise it"),
+        ("ppo.max_prompt_length=1",),
+        prepare=no_model,
     ),
-    Case("no row fits", ("sft", "none of 12", "max_length 3", "raise it"), ("sft.max_length=3",), "sft"),
+    Case(
+        "no row fits", ("sft", "none of 12", "max_length 3", "raise it"), ("sft.max_length=3",), "sft", prepare=no_model
+    ),
+    Case(
+        "EOS budget too long",
+        ("ppo.max_prompt_length + sft.eos_max_new_tokens = 124", "limit is 64", "lower"),
+        ("sft.eos_max_new_tokens=100",),
+        "sft",
+        prepare=no_model,
+    ),
+    Case(
+        "EOS budget without ppo too long",
+        ("sft.eos_max_new_tokens = 65", "limit is 64", "lower"),
+        ("sft.eos_max_new_tokens=64", "ppo=null", "evaluate=null"),
+        "sft",
+        prepare=no_model,
+    ),
+    *(
+        Case(
+            f"no room for a prompt in {stage}",
+            ("none of", "the 1 tokens that a response of 63 leaves", "lower sft.eos_max_new_tokens"),
+            ("sft.eos_max_new_tokens=63", "ppo=null", "evaluate=null"),
+            stage,
+            prepare=no_model,
+        )
+        for stage in ("sft", "reward")
+    ),
+    *(
+        Case(
+            f"samples of {stage} too long",
+            ("ppo.max_prompt_length + response_length = 84", "limit is 64", "lower"),
+            ("ppo.response_length=60", TWO_POLICIES),
+            stage,
+            prepare=no_model,
+        )
+        for stage in ("sft", "reward", "evaluate")
+    ),
     # --------------------------------------------------------------------------------------------------------- data
     Case("unknown data recipe", ("'movie_review'", "did you mean 'movie_reviews'"), ("ppo.data=movie_review",)),
     Case(
@@ -350,7 +462,30 @@ CASES = [
         ("--as", "sft"),
         stage="reward",
     ),
-    Case("unknown split", ("'prompts'", "split 'trian'", "did you mean 'train'"), ("ppo.split=trian",)),
+    *(
+        Case(
+            f"unknown {key}",
+            (key, "split 'trian'", "did you mean 'train'"),
+            (f"{key}=trian", "ppo.eval_every=1", TWO_POLICIES),
+            key.partition(".")[0],
+            prepare=no_model,
+        )
+        for key in ("sft.split", "sft.eval_split", "reward.split", "reward.eval_split", "ppo.split", "ppo.eval_split")
+    ),
+    Case(
+        "unknown split of the evaluation",
+        ("evaluate.split", "split 'tset'", "did you mean 'test'"),
+        ("evaluate.split=tset", TWO_POLICIES),
+        "evaluate",
+        prepare=no_model,
+    ),
+    Case(
+        "unknown split of pretrain",
+        ("pretrain.split", "split 'trian'", "did you mean 'train'"),
+        ("pretrain={data: [prompts.yaml], split: trian}",),
+        "pretrain",
+        prepare=no_model,
+    ),
     Case(
         "empty split",
         ("'sft'", "split 'train'", "12 min_words", "loosen the filters"),
@@ -360,6 +495,7 @@ CASES = [
     Case(
         "split larger than the data",
         ("split.rows.train", "99 rows wanted", "lower the counts"),
+        ("sft.eval_split=null",),
         stage="sft",
         prepare=data("sft", split={"rows": {"train": 99}}),
     ),
@@ -575,6 +711,15 @@ def test_disk_full_at_the_end_costs_no_training(here, monkeypatch, capsys):
     assert Artifact.load("artifacts/toy/sft").manifest["seed"] == 5
     assert not Path("artifacts/toy/sft.partial").exists()
     assert not Path("artifacts/toy/sft/checkpoints").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_without_ppo_samples_fit_a_short_model(stage, here):
+    """128 new tokens by default are more than this model has positions for: half of them are taken."""
+    assert main(stage, MODULES[stage], ["--recipe", "toy.yaml", "ppo=null", "evaluate=null"]) == 0
+    artifact = Artifact.load(f"artifacts/toy/{stage}")
+    if stage == "sft":
+        assert 0 < artifact.manifest["metrics"]["response_length"] <= 32
 
 
 def test_there_are_enough_cases():

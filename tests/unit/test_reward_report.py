@@ -246,12 +246,12 @@ def test_a_set_from_elsewhere_whose_scores_are_nan_is_not_left_out(subject, monk
 
 def test_reward_statistics_are_numbers(monkeypatch):
     samples = SimpleNamespace(prompt_ids=[[1], [1]], response_ids=[[2], [3]], lengths=[1, 1])
-    for name, value in {"sample_published": samples, "fitting_rows": [{"prompt": "p"}], "load_model": Mock()}.items():
+    for name, value in {"sample_published": samples, "position_limit": None, "load_model": Mock()}.items():
         monkeypatch.setattr(f"rlhf.reward.train.{name}", lambda *args, value=value: value)
     monkeypatch.setattr("rlhf.reward.train.score_sequences", lambda *args: [1.0, math.nan])
     ctx = SimpleNamespace(recipe=load_recipe("tiny"), rows=Mock(), inputs={"sft": Mock()}, dir=Path(), seed=0)
     with pytest.raises(UserError, match="1 of 2 responses of the SFT model have no finite score"):
-        statistics(ctx, Mock())
+        statistics(ctx, Mock(), ["p", "q"])
 
 
 def test_the_margin_is_that_of_all_pairs(subject, monkeypatch):
