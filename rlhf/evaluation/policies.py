@@ -19,9 +19,9 @@ from rlhf.errors import UserError
 from rlhf.evaluation.compare import PolicySamples
 from rlhf.evaluation.frontier import best_of_n_kl
 from rlhf.evaluation.judges import SentimentJudge, vader_judge
-from rlhf.functions import TextFunction, call_text_function, function_name, load_function
+from rlhf.functions import TextFunction, call_text_function, load_function
 from rlhf.models import compute_dtype, load_model, load_tokenizer, tokenizer_identity
-from rlhf.ppo.rewards import aggregate
+from rlhf.ppo.rewards import aggregate, source_names
 from rlhf.recipe import JudgeSource, PolicySource, Recipe
 from rlhf.reward.baselines import TfidfScorer, fit_tfidf
 from rlhf.sampling import Samples, perplexity, response_logprob_sums, sample_responses, score_sequences
@@ -154,14 +154,11 @@ class Scores:
         self.config = ctx.recipe.ppo
         self.weights: dict[str, float] = {}
         self.sources: dict[str, Callable[[Samples], list[float]]] = {}
-        for source in ctx.recipe.ppo.rewards:
-            if source.artifact is not None:
-                name = Path(source.artifact).name
-                self.sources[name] = self._model(ctx.inputs[source.artifact])
-            else:
-                function = load_function(source.function)
-                name = function_name(function)
-                self.sources[name] = self._texts(function)
+        for name, source in zip(source_names(self.config.rewards), self.config.rewards, strict=True):
+            of_model = source.artifact is not None
+            self.sources[name] = (
+                self._model(ctx.inputs[source.artifact]) if of_model else self._texts(load_function(source.function))
+            )
             self.weights[name] = source.weight
         for judge in ctx.recipe.evaluate.judges:
             if judge.name in self.sources:

@@ -234,4 +234,4 @@ def _also(recipe: Recipe) -> dict[str, Any]:
     return recipe.ppo.model_dump(mode="json", include=keys) | also | {"sft": held_out}
 
 
-STAGE = Stage("evaluate", 2, inputs=_inputs, data=_data, check=check, build=build, also=_also)
+STAGE = Stage("evaluate", 3, inputs=_inputs, data=_data, check=check, build=build, also=_also)

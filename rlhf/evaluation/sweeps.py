@@ -45,7 +45,7 @@ def run_name(base: str, point: Point) -> str:
 
 
 def table(root: Path, base: str, over: Sequence[Point], stage: str, metrics: Sequence[str] = ()) -> list[list[str]]:
-    """One row per combination of values: the mean over its seeds (`is_seed`) and its standard deviation, of a stage's metrics.
+    """One row per combination of values: the mean over its seeds and its standard deviation, of a stage's metrics.
 
     Args:
         root: the artifact directory.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from rlhf.evaluation.stage import STAGE
 from rlhf.recipe import EvaluateSection, JudgeSource, PolicySource, Recipe
 from rlhf.stage import run_stage
 from tests.builders import build_model, build_reward_artifact, build_sft_artifact, build_tokenizer, toy_recipe
-from tests.ppo_toys import lively
+from tests.ppo_toys import build_artifacts, lively, toy_context, trainer_of
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,21 @@ def test_what_ppo_maximised_is_made_of_its_sources_as_in_ppo(tmp_path):
     scores = Scores(SimpleNamespace(recipe=recipe, inputs={}), {}, pad_id=0)
     assert scores.maximised == "combined"
     # Mean minus twice the std; of two that is half their distance.
-    assert scores.trained({first: [1.0, 2.0], second: [3.0, 2.0]}) == [0.0, 2.0]
+    assert scores.trained({"share_of_e": [1.0, 2.0], "length_in_words": [3.0, 2.0]}) == [0.0, 2.0]
+
+
+def test_sources_of_one_name_stay_two_with_the_names_of_ppo(tmp_path):
+    build_artifacts(tmp_path, lora=False)
+    shutil.copytree(tmp_path / "toy" / "reward", tmp_path / "other" / "reward")
+    rule = {"function": "tests.ppo_toys:share_of_e"}
+    rewards = [{"artifact": "reward"}, {"artifact": str(tmp_path / "other" / "reward"), "weight": 0.0}]
+    ctx = toy_context(tmp_path, ppo={"rewards": [*rewards, rule, rule | {"weight": -10.0}]})
+    trainer = trainer_of(ctx)
+    scores = Scores(ctx, {}, pad_id=0)
+    assert [source.name for source in trainer.rewards] == list(scores.sources)
+    assert list(scores.weights.items()) == [("reward", 1), ("reward_1", 0), ("share_of_e", 1), ("share_of_e_3", -10)]
+    assert scores.trained({"reward": [3.0], "share_of_e": [0.5], "share_of_e_3": [0.5]}) == [-1.5]
+    assert scores.unseen == ["reward_1"]
 
 
 def test_a_judge_fitted_on_pairs_prefers_what_they_prefer(root, tmp_path):
