@@ -237,6 +237,14 @@ def main_judge(scores: Sequence[str], judge: str | None = None) -> str:
     return judge
 
 
+def headline_judge(result: Mapping[str, Any]) -> str:
+    """The score of a stored comparison that boxes, samples and headline numbers go by: the recipe's first judge.
+
+    An evaluation from before `headline` was stored has the choice of `main_judge`.
+    """
+    return main_judge(result["scores"], result.get("headline"))
+
+
 def _table_measures(scores: Sequence[str]) -> list[tuple[str, str, str, int]]:
     """(label, metric key, key of the change, digits) of the averaged measures, in the table's order."""
     rows = [(f"{score}, mean", f"{score}_mean", f"{score}_delta", 3) for score in scores]

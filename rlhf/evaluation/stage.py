@@ -30,7 +30,7 @@ from rlhf.evaluation.policies import (
     step_dir,
 )
 from rlhf.evaluation.ranking import at_equal_length
-from rlhf.evaluation.report import write_report
+from rlhf.evaluation.report import main_judge, write_report
 from rlhf.evaluation.statistics import bootstrap_interval
 from rlhf.functions import load_function, source_hashes
 from rlhf.logs import append_row
@@ -85,6 +85,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
     evaluated = [evaluate_policy(sampler, scores, source) for source in section.policies]
     policies = [policy for policy, _ in evaluated]
     result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed) | {"sampling": settings}
+    result["headline"] = main_judge(result["scores"], first_judge(ctx.recipe))
     if section.llm_judge is not None:
         ask_llm(section.llm_judge, policies, result, {"num_resamples": section.bootstrap, "seed": ctx.seed})
     checks = []
@@ -93,7 +94,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
         checks = frontier.policy_gate(result["frontier"])
     trained = ppo_artifact(ctx)
     history = trained.metrics() if trained else None
-    write_report(ctx.dir, result, policies, history, judge=headline_judge(ctx.recipe), seed=ctx.seed)
+    write_report(ctx.dir, result, policies, history, judge=result["headline"], seed=ctx.seed)
     for policy, samples in evaluated:
         _write_samples(ctx.dir, policy, samples)
     append_row(ctx.dir / "metrics.jsonl", {"step": 0} | result["metrics"])
@@ -188,7 +189,7 @@ def ppo_artifact(ctx: StageContext) -> Artifact | None:
     return next((artifact for artifact in sources if artifact.stage == "ppo"), None)
 
 
-def headline_judge(recipe: Recipe) -> str | None:
+def first_judge(recipe: Recipe) -> str | None:
     """Name of the first judge; None = the report's own choice."""
     return recipe.evaluate.judges[0].name if recipe.evaluate.judges else None
 

@@ -117,7 +117,7 @@ def _glance(run: Run) -> str:
             numbers.append((str(artifact.manifest["gate"]["verdict"]).upper(), f"gate of {name}{right}"))
     result = comparison_of(run)
     if result is not None:
-        first, last, judge = result["policies"][0], result["policies"][-1], evaluation.main_judge(result["scores"])
+        first, last, judge = result["policies"][0], result["policies"][-1], evaluation.headline_judge(result)
         metrics, names = result["metrics"], (display_name(result["policies"][-1]), display_name(result["policies"][0]))
         key = f"{last}_vs_{first}/win_rate_{judge}"
         if key in metrics:

@@ -125,7 +125,11 @@ def test_a_policy_that_is_not_there_is_one_line(root, policy, seen):
 def test_a_judge_may_be_a_reward_model_but_not_any_artifact(root):
     policies = [{"artifact": "sft"}, {"artifact": "sft", "best_of": 2}]
     judges = [{"name": "held_back", "artifact": str(root / "toy" / "reward")}]
-    metrics = evaluated(root, policies=policies, judges=judges).manifest["metrics"]
+    judges += [{"name": "judge", "function": "tests.ppo_toys:share_of_e"}]
+    artifact = evaluated(root, policies=policies, judges=judges)
+    metrics = artifact.manifest["metrics"]
+    assert artifact.manifest["comparison"]["headline"] == "held_back"  # the first, whatever the others are called
+    assert "by `held_back`" in (artifact.path / "report.md").read_text(encoding="utf-8")
     assert metrics["sft_best_of_2/held_back_mean"] == metrics["sft_best_of_2/reward_mean"]
     with pytest.raises(UserError, match="artifact sft is no reward model"):
         evaluated(root, policies=policies, judges=[{"artifact": "sft"}])
