@@ -57,6 +57,10 @@ def comparison_rows(result: Mapping[str, Any]) -> list[list[str]]:
             keys = [f"{name}_vs_{first}/{key}_{score}" for name in others]
             row = [f"{label} {score}", "-", *(with_interval(metrics, key, 3) for key in keys)]
             rows.append(row + ["-"] * change)
+    for label, key in (("same verdict in both orders,", "order_agreement"), ("replies without a verdict,", "unread")):
+        for score in [result["pairwise"]["name"]] if "pairwise" in result else []:
+            keys = [f"{name}_vs_{first}/{key}_{score}" for name in others]
+            rows.append([f"{label} {score}", "-", *(with_interval(metrics, key, 3) for key in keys), *["-"] * change])
     for score in result["scores"] if not change else ():
         keys = [f"{name}/strength_{score}" for name in result["policies"]]
         rows.append([f"Bradley-Terry by {score}, logits", *(with_interval(metrics, key, 2, "+") for key in keys)])

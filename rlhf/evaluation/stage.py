@@ -125,7 +125,9 @@ def ask_llm(
         equal = at_equal_length(wins, policy.lengths[:count], lengths, clusters=prompts, **options)
         result["metrics"] |= with_limits(f"{pair}/win_rate_{section.name}", rate)
         result["metrics"] |= with_limits(f"{pair}/lc_win_rate_{section.name}", equal)
-        result["metrics"][f"{pair}/order_agreement_{section.name}"] = verdicts.agreement
+        result["metrics"][f"{pair}/unread_{section.name}"] = verdicts.unread
+        if verdicts.agreement is not None:
+            result["metrics"][f"{pair}/order_agreement_{section.name}"] = verdicts.agreement
         if verdicts.unread > 0.1:
             logger.warning(
                 "llm judge: %.0f %% of the replies were neither A, B nor tie: raise evaluate.llm_judge.max_tokens, or "
