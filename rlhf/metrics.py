@@ -83,7 +83,8 @@ TRAINER = {
 
 EVALUATE = {
     "<policy>/<score>_mean": "Mean of a reward or judge score over held-out responses.",
-    "<policy>/kl_mean": "KL to the reference in nats per response; 0 for the reference itself.",
+    "<policy>/kl_mean": "KL to the reference in nats per response; 0 for the reference itself, "
+    "unless it was sampled with top-p or a repetition penalty.",
     "<policy>/length_mean": "Tokens per response, EOS included.",
     "<policy>/eos_rate": "Share of responses that ended by EOS or a stop string.",
     "<policy>/refusal_rate": "Share of responses that refuse, by a list of English and Chinese phrases.",

@@ -512,7 +512,8 @@ class EvaluateSection(Section):
     best_of_n: int = Field(
         16,
         ge=1,
-        description="Samples per prompt of the SFT model for reward against KL (best of 1, 2, 4, ...); 1 = off.",
+        description="Samples per prompt of the SFT model for reward against KL (best of 1, 2, 4, ...); 1 = without "
+        "best-of-n, the policy is held against the SFT model alone.",
     )
     frontier_prompts: int = Field(
         128, ge=2, description="Prompts of that, and of each kept PPO step; at most `prompts`."

@@ -43,6 +43,11 @@ def sampling_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def has_knobs(settings: Mapping[str, Any]) -> bool:
+    """Whether responses are drawn from something else than the softmax at the temperature."""
+    return settings["top_p"] < 1 or settings["repetition_penalty"] != 1
+
+
 @dataclass
 class Sampler:
     """Samples any policy with the same settings and the same random numbers.
@@ -74,11 +79,18 @@ class Sampler:
         return samples if renderer is self.renderer else self._in_own_tokens(samples)
 
     def kl(self, model: PreTrainedModel, samples: Samples) -> list[float]:
-        """log pi - log pi_ref of each response, in nats: its mean estimates the KL to the SFT model."""
+        """log pi - log pi_ref of each response, in nats: its mean estimates the KL to the SFT model.
+
+        With top-p or a repetition penalty, pi is the policy as it was sampled, with these knobs, and the reference the
+        SFT model without them, which gives every response a probability: the SFT model then has a KL as well.
+        """
         pad, temperature = self.renderer.tokenizer.pad_token_id, self.settings["temperature"]
-        own = response_logprob_sums(model, samples, temperature, pad)
-        if model is self.reference:
-            return [0.0] * len(own)
+        if has_knobs(self.settings):
+            own = samples.logprobs
+        elif model is self.reference:
+            return [0.0] * len(samples.responses)
+        else:
+            own = response_logprob_sums(model, samples, temperature, pad)
         reference = response_logprob_sums(self.reference, samples, temperature, pad)
         return [a - b for a, b in zip(own, reference, strict=True)]
 

@@ -175,9 +175,10 @@ def sampled(result: Mapping[str, Any]) -> str:
     if not knobs:
         return ""
     penalty = f", repetition penalty {knobs['repetition_penalty']:g}" if knobs["repetition_penalty"] != 1 else ""
+    as_sampled = "; KL is that of the policies with these knobs to the SFT model without them"
     return (
         f", sampled at temperature {knobs['temperature']:g}, top-p {knobs['top_p']:g}{penalty}, "
-        f"at most {knobs['response_length']} tokens"
+        f"at most {knobs['response_length']} tokens{as_sampled if knobs.get('kl_as_sampled') else ''}"
     )
 
 
@@ -190,8 +191,7 @@ def _frontier_section(result: Mapping[str, Any], directory: Path) -> list[str]:
     return [
         "## Reward against KL",
         "",
-        f"{curve['samples']} samples of the SFT model to each of {curve['prompts']} prompts, of which best-of-n keeps "
-        f"the one with most {curve['trained']}; one response of each PPO policy to the same prompts.",
+        _drawn(curve),
         "",
         _aligned(frontier_report.table_rows(curve)),
         "",
@@ -199,6 +199,15 @@ def _frontier_section(result: Mapping[str, Any], directory: Path) -> list[str]:
         "",
         *[line for sentence in frontier_report.sentences(curve) for line in (sentence, "")],
     ]
+
+
+def _drawn(curve: Mapping[str, Any]) -> str:
+    if curve["samples"] == 1:
+        return f"One response of the SFT model and of each PPO policy to each of {curve['prompts']} prompts."
+    return (
+        f"{curve['samples']} samples of the SFT model to each of {curve['prompts']} prompts, of which best-of-n keeps "
+        f"the one with most {curve['trained']}; one response of each PPO policy to the same prompts."
+    )
 
 
 def pick_samples(before: Sequence[float], after: Sequence[float], seed: int = 0) -> list[tuple[int, str]]:

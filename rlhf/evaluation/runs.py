@@ -101,7 +101,7 @@ def _evaluated(run: Run) -> dict[str, str]:
         f"evaluate: {score}, mean": with_interval(metrics, f"{last}/{score}_mean", 3) for score in result["scores"]
     }
     gate = outcome(result.get("frontier"))
-    found["evaluate: gate of PPO's policy"] = ABSENT if gate is None else " ".join(filter(None, gate))
+    found["evaluate: gate of PPO's policy"] = ABSENT if gate is None else ": ".join(filter(None, gate))
     found["evaluate: KL, nats per response"] = with_interval(metrics, f"{last}/kl_mean", 2)
     found["evaluate: length, tokens"] = with_interval(metrics, f"{last}/length_mean", 1)
     found["evaluate: distinct-2"] = with_interval(metrics, f"{last}/distinct_2", 3)

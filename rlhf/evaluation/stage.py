@@ -23,12 +23,14 @@ from rlhf.evaluation.policies import (
     Sampler,
     Scores,
     evaluate_policy,
+    has_knobs,
     held_out_texts,
     kept_steps,
     load_kept,
     sampling_settings,
     step_dir,
 )
+from rlhf.evaluation.policy_gate import judge_published, not_measured, policy_gate
 from rlhf.evaluation.ranking import at_equal_length
 from rlhf.evaluation.report import main_judge, write_report
 from rlhf.evaluation.statistics import bootstrap_interval
@@ -84,22 +86,29 @@ def build(ctx: StageContext) -> dict[str, Any]:
     sampler = Sampler(ctx, renderer, [row["prompt"] for row in rows], settings, reference, held_out)
     evaluated = [evaluate_policy(sampler, scores, source) for source in section.policies]
     policies = [policy for policy, _ in evaluated]
-    result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed) | {"sampling": settings}
+    result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed)
+    result["sampling"] = settings | {"kl_as_sampled": has_knobs(settings)}
     result["headline"] = main_judge(result["scores"], first_judge(ctx.recipe))
     if section.llm_judge is not None:
         ask_llm(section.llm_judge, policies, result, {"num_resamples": section.bootstrap, "seed": ctx.seed})
-    checks = []
-    if section.best_of_n > 1:
-        result["frontier"] = reward_against_kl(ctx, sampler, scores)
-        checks = frontier.policy_gate(result["frontier"])
     trained = ppo_artifact(ctx)
+    if section.best_of_n > 1 or trained is not None:
+        result["frontier"] = reward_against_kl(ctx, sampler, scores)
     history = trained.metrics() if trained else None
     write_report(ctx.dir, result, policies, history, judge=result["headline"], seed=ctx.seed)
     for policy, samples in evaluated:
         _write_samples(ctx.dir, policy, samples)
     append_row(ctx.dir / "metrics.jsonl", {"step": 0} | result["metrics"])
-    found = {"metrics": result["metrics"], "comparison": result}
-    return found | ({"gate": {"verdict": verdict(checks), "reasons": gate_lines(checks)}} if checks else {})
+    return {"metrics": result["metrics"], "comparison": result} | _gate(result.get("frontier"))
+
+
+def _gate(curve: dict[str, Any] | None) -> dict[str, Any]:
+    """What the manifest says of the published policy; nothing where there is none."""
+    checks = policy_gate(curve) if curve else []
+    if not curve or not checks:
+        return {}
+    summary = {"verdict": verdict(checks), "reasons": gate_lines(checks), "not_measured": not_measured(curve)}
+    return {"gate": summary}
 
 
 def name_idle_rewards(ctx: StageContext) -> None:
@@ -141,14 +150,18 @@ def reward_against_kl(ctx: StageContext, sampler: Sampler, scores: Scores) -> di
 
     Returns:
         `best_of_n` and `steps`, rows as `frontier.frontier` and `frontier.policy_point` make them (without the scores
-        of single prompts), `published` step, `best_steps` by score, `findings`, and what they were computed from.
+        of single prompts), `published` step, `best_steps` by score (0 = the SFT model), what `judge_published` found,
+        and what they were computed from.
     """
     section = ctx.recipe.evaluate
-    options = {"num_resamples": section.bootstrap, "seed": ctx.seed}
     part = replace(sampler, prompts=sampler.prompts[: section.frontier_prompts])
-    draws = [scores(part.draw(part.reference, part.renderer, number)) for number in range(section.best_of_n)]
+    drawn = [part.draw(part.reference, part.renderer, number) for number in range(section.best_of_n)]
+    draws = [scores(samples) for samples in drawn]
     columns = {name: np.array([draw[name] for draw in draws]).T for name in draws[0]}
-    rows = frontier.frontier(columns[scores.maximised], columns, **options)
+    kl = np.array([part.kl(part.reference, samples) for samples in drawn]).T
+    prompts = drawn[0].prompts
+    options = {"num_resamples": section.bootstrap, "seed": ctx.seed, "clusters": prompts}
+    rows = frontier.frontier(columns[scores.maximised], columns, kl, **options)
     curve: dict[str, Any] = {
         "prompts": len(part.prompts), "samples": section.best_of_n, "scores": list(columns),
         "trained": scores.maximised, "unseen": scores.unseen, "best_of_n": rows, "steps": [], "published": None,
@@ -158,14 +171,17 @@ def reward_against_kl(ctx: StageContext, sampler: Sampler, scores: Scores) -> di
     if artifact is not None:
         published = int(artifact.manifest["metrics"]["published_ppo_step"])
         points = ppo_points(part, scores, artifact, published, options)
+        candidates = [{"step": 0, **rows[0]}, *points]
         curve |= {
             "steps": points,
             "published": published,
-            "best_steps": {name: frontier.best_step(points, name) for name in columns},
-            "findings": frontier.findings(rows, points, published, scores.unseen, **options),
+            "best_steps": {name: frontier.best_step(candidates, name) for name in columns},
+            **judge_published(rows, points, published, scores.unseen, clusters=prompts),
         }
-        for line in gate_lines(frontier.policy_gate(curve)):
+        for line in gate_lines(policy_gate(curve)):
             logger.warning("%s", line)
+        for name, remedy in not_measured(curve).items():
+            logger.info("%s was not measured: %s", name, remedy)
     for row in [*rows, *curve["steps"]]:
         for point in row["scores"].values():
             point.pop("by_prompt")
@@ -173,7 +189,7 @@ def reward_against_kl(ctx: StageContext, sampler: Sampler, scores: Scores) -> di
 
 
 def ppo_points(
-    sampler: Sampler, scores: Scores, artifact: Artifact, published: int, options: dict[str, int]
+    sampler: Sampler, scores: Scores, artifact: Artifact, published: int, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """The policies of the kept steps and of the published one, by step."""
     points = []

@@ -175,7 +175,11 @@ def _evaluation(run: Run) -> str:
         parts.append(_picture(run, frontier_report.PICTURE_NAME, "reward against KL"))
         parts.append(folded("numbers", table(pd.DataFrame(steps, columns=columns), columns[1:])))
     else:
-        parts.append(_note("No curve of reward against KL: evaluate.best_of_n was off, or the run is older than it."))
+        parts.append(
+            _note(
+                "No curve of reward against KL: no policy of PPO and evaluate.best_of_n 1, or the run is older than it."
+            )
+        )
     return "".join(parts)
 
 

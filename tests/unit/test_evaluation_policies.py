@@ -6,17 +6,20 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
 from rlhf.evaluation.policies import Scores, load_judge, sampling_settings
 from rlhf.evaluation.stage import STAGE
+from rlhf.models import load_model
 from rlhf.recipe import EvaluateSection, JudgeSource, PolicySource, Recipe
 from rlhf.stage import run_stage
 from tests.builders import build_model, build_reward_artifact, build_sft_artifact, build_tokenizer, toy_recipe
-from tests.ppo_toys import build_artifacts, lively, toy_context, trainer_of
+from tests.ppo_toys import build_artifacts, lively, rows_of, toy_context, trainer_of
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +66,46 @@ def test_sampling_settings_come_from_the_recipe_and_are_recorded(root):
     plain = evaluated(root, **base).manifest["comparison"]
     assert plain["sampling"] == {
         "temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.0, "response_length": 8, "stop_strings": [],
-        "seed": 0,
+        "seed": 0, "kl_as_sampled": False,
     }  # fmt: skip
     knobs = {"temperature": 0.2, "top_p": 0.5, "repetition_penalty": 1.5}
     other = evaluated(root, **base, **knobs).manifest["comparison"]
     assert {key: other["sampling"][key] for key in knobs} == knobs
     assert other["metrics"]["sft/reward_mean"] != plain["metrics"]["sft/reward_mean"]
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"top_p": 0.5}, {"repetition_penalty": 1.5}, {"top_p": 0.6, "repetition_penalty": 2}]
+)
+@torch.no_grad()
+def test_kl_is_that_of_the_policy_as_it_was_sampled(root, knobs):
+    """With the knobs for the policy, without them for the reference; worked out token by token from the logits."""
+    policies = [{"artifact": "sft"}, {"artifact": "sft", "best_of": 2}]
+    artifact = evaluated(root, policies=policies, **knobs)
+    model, known = load_model(root / "toy" / "sft" / "model"), {"top_p": 1.0, "repetition_penalty": 1.0} | knobs
+    rows = rows_of(artifact.path / "samples.jsonl")
+    for row in rows:
+        logits = model(torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits[0, len(row["prompt_ids"]) - 1 :]
+        kl = 0.0
+        for place, token in enumerate(row["response_ids"]):
+            seen, own = row["response_ids"][:place], logits[place].clone()
+            for other in set(seen):
+                own[other] = own[other] / known["repetition_penalty"] if own[other] > 0 else (
+                    own[other] * known["repetition_penalty"])  # fmt: skip
+            probs = (own / 0.7).softmax(-1)
+            likelier = probs[probs > probs[token]].sum()
+            assert likelier < known["top_p"]
+            order = probs.sort(descending=True).values
+            nucleus = order[order.cumsum(0) - order < known["top_p"]].sum()
+            kl += float((probs[token] / nucleus).log() - (logits[place] / 0.7).log_softmax(-1)[token])
+        bound = math.log(2) - 0.5 if row["policy"] == "sft_best_of_2" else 0.0
+        assert row["kl"] == pytest.approx(kl + bound, abs=2e-3)
+    paid = [row["kl"] for row in rows if row["policy"] == "sft"]
+    assert any(paid) and artifact.manifest["metrics"]["sft/kl_mean"] == pytest.approx(np.mean(paid), abs=1e-4)
+    assert min(paid) >= 0 or "repetition_penalty" in knobs  # a nucleus has no more than all of the probability
+    assert artifact.manifest["comparison"]["frontier"]["best_of_n"][0]["kl"] != 0
+    text = (artifact.path / "report.md").read_text(encoding="utf-8")
+    assert "KL is that of the policies with these knobs to the SFT model without them" in text
 
 
 def test_sections_own_value_wins_over_ppos(tmp_path):
