@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.cli import Parser, fail, setup_logging
-from rlhf.artifacts import MANIFEST, Artifact, check_name
+from rlhf.artifacts import MANIFEST, UNPUBLISHED, Artifact, check_name
 from rlhf.errors import UserError
 from rlhf.evaluation.sweeps import Point, is_seed, markdown, points, run_name, table
 from rlhf.recipe import Recipe, load_recipe
 
-UNPUBLISHED = (".partial", ".old", ".linking")
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 

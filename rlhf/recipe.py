@@ -522,6 +522,11 @@ class EvaluateSection(Section):
         200, ge=0, description="Held-out rows of sft.data (its eval_split) whose perplexity shows forgetting; 0 = skip."
     )
     judges: list[JudgeSource] = Field([], description="The first one gives the headline win rate.")
+    score_all_rewards: bool = Field(
+        True,
+        description="Score with every other reward model of the run, too: judges that PPO never saw, each by the name "
+        "of its folder.",
+    )
     llm_judge: LlmJudgeSection | None = Field(None, description="A language model as judge; null = none.")
     bootstrap: int = Field(2000, ge=100, description="Resamples for the 95 % intervals.")
     seed: int | None = Field(None, ge=0, description="null = the recipe's seed.")

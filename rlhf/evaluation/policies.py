@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.artifacts import KEPT_POLICIES, Artifact
+from rlhf.artifacts import KEPT_POLICIES, MANIFEST, UNPUBLISHED, Artifact
 from rlhf.data import Renderer
 from rlhf.errors import UserError
 from rlhf.evaluation.compare import PolicySamples
@@ -21,7 +21,7 @@ from rlhf.evaluation.frontier import best_of_n_kl
 from rlhf.evaluation.judges import SentimentJudge, vader_judge
 from rlhf.functions import TextFunction, call_text_function, load_function
 from rlhf.models import compute_dtype, load_model, load_tokenizer, tokenizer_identity
-from rlhf.ppo.rewards import aggregate, source_names
+from rlhf.ppo.rewards import aggregate, source_names, unique
 from rlhf.recipe import JudgeSource, PolicySource, Recipe
 from rlhf.reward.baselines import TfidfScorer, fit_tfidf
 from rlhf.sampling import Samples, perplexity, response_logprob_sums, sample_responses, score_sequences
@@ -150,8 +150,48 @@ def load_kept(directory: Path, sft: Artifact) -> PreTrainedModel:
     return PeftModel.from_pretrained(load_model(sft.model_dir), str(directory)).merge_and_unload()
 
 
+def named_artifacts(recipe: Recipe) -> list[str]:
+    """The artifacts that the recipe names for an evaluation: SFT, policies, reward sources and judges."""
+    sources = [*recipe.evaluate.policies, *recipe.ppo.rewards, *recipe.evaluate.judges]
+    return list(dict.fromkeys(["sft", *(source.artifact for source in sources if source.artifact)]))
+
+
+def idle_rewards(ctx: StageContext) -> list[str]:
+    """Finished reward models of the run that the recipe names nowhere, and that read the SFT model's tokens.
+
+    One of the same weights as a source or judge is left out: it would say the same under another name.
+    """
+    if not ctx.recipe.evaluate.score_all_rewards or "sft" not in ctx.inputs:
+        return []
+    tokens = _tokens(ctx.inputs["sft"])
+    hashes = {artifact.hash for artifact in ctx.inputs.values()}
+    found = []
+    for place in (path.parent for path in sorted(ctx.final.parent.glob(f"*/{MANIFEST}"))):
+        if place.name in ctx.inputs or place.suffix in UNPUBLISHED:
+            continue
+        try:
+            artifact = Artifact.load(place)
+        except UserError as error:  # no input of the recipe's: no reason to stop
+            logger.warning("evaluate: no score by %s: %s", place.name, error)
+            continue
+        if "reward_statistics" not in artifact.manifest or artifact.hash in hashes:
+            continue
+        if _tokens(artifact) != tokens:
+            logger.info("evaluate: no score by %s: it reads other tokens than this run's sft", place.name)
+            continue
+        hashes.add(artifact.hash)
+        found.append(place.name)
+    return found
+
+
+def _tokens(artifact: Artifact) -> list[str]:
+    """What text becomes."""
+    identity = artifact.manifest.get("tokenizer") or {}
+    return [identity.get("hash", ""), identity.get("chat_template_hash", "")]
+
+
 class Scores:
-    """Every score of a response: the sources of `ppo.rewards` (weight 0 among them) and the judges.
+    """Every score of a response: the sources of `ppo.rewards` (weight 0 among them), the judges, and `idle_rewards`.
 
     Reward models count the SFT samples' mean as 0 and their std as 1, as PPO sees them before the missing-EOS rule.
 
@@ -179,6 +219,9 @@ class Scores:
             self.sources[judge.name] = (
                 self._model(ctx.inputs[judge.artifact]) if of_model else self._texts(load_judge(ctx, judge))
             )
+
+        for reference in (name for name in ctx.inputs if name not in named_artifacts(ctx.recipe)):
+            self.sources[unique(reference, self.sources)] = self._model(ctx.inputs[reference])
 
     def __call__(self, samples: Samples) -> dict[str, list[float]]:
         """[B] scores by name, of responses to the first B prompts."""

@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from rlhf.artifacts import MANIFEST, Artifact, sha256_file
+from rlhf.artifacts import Artifact, sha256_file
 from rlhf.data import Renderer
 from rlhf.errors import UserError
 from rlhf.evaluation import frontier
@@ -25,8 +25,10 @@ from rlhf.evaluation.policies import (
     evaluate_policy,
     has_knobs,
     held_out_texts,
+    idle_rewards,
     kept_steps,
     load_kept,
+    named_artifacts,
     sampling_settings,
     step_dir,
 )
@@ -71,7 +73,6 @@ def build(ctx: StageContext) -> dict[str, Any]:
     if not PartialState().is_main_process:
         return {}
     section = ctx.recipe.evaluate
-    name_idle_rewards(ctx)
     set_seed(ctx.seed)
     tokenizer = load_tokenizer(ctx.inputs["sft"].model_dir)
     renderer = Renderer(tokenizer, ctx.recipe.model.chat)
@@ -109,14 +110,6 @@ def _gate(curve: dict[str, Any] | None) -> dict[str, Any]:
         return {}
     summary = {"verdict": verdict(checks), "reasons": gate_lines(checks), "not_measured": not_measured(curve)}
     return {"gate": summary}
-
-
-def name_idle_rewards(ctx: StageContext) -> None:
-    """Say which reward models of the run score nothing: each that PPO did not maximise could be a judge."""
-    for path in sorted(ctx.final.parent.glob(f"*/{MANIFEST}")):
-        name = path.parent.name
-        if name not in ctx.inputs and json.loads(path.read_text(encoding="utf-8")).get("stage") == "reward":
-            logger.info("evaluate: %s is in this run, too: name it in evaluate.judges to have its score", name)
 
 
 def ask_llm(
@@ -229,11 +222,6 @@ def _write_samples(directory: Path, policy: PolicySamples, samples: Samples) -> 
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _inputs(recipe: Recipe) -> list[str]:
-    sources = [*recipe.evaluate.policies, *recipe.ppo.rewards, *recipe.evaluate.judges]
-    return list(dict.fromkeys(["sft", *(source.artifact for source in sources if source.artifact)]))
-
-
 def _data(recipe: Recipe) -> list[str]:
     judges = [data for judge in recipe.evaluate.judges if (data := judge.sentiment or judge.pairs)]
     held_out = [recipe.sft.data] if recipe.evaluate.perplexity_rows else []
@@ -253,4 +241,6 @@ def _also(recipe: Recipe) -> dict[str, Any]:
     return recipe.ppo.model_dump(mode="json", include=keys) | also | {"sft": held_out}
 
 
-STAGE = Stage("evaluate", 3, inputs=_inputs, data=_data, check=check, build=build, also=_also)
+STAGE = Stage(
+    "evaluate", 3, inputs=named_artifacts, data=_data, check=check, build=build, also=_also, found=idle_rewards
+)

@@ -18,6 +18,7 @@ SETTINGS = (
     "evaluate.prompts=96",
     "evaluate.frontier_prompts=96",
     "evaluate.perplexity_rows=0",
+    "evaluate.score_all_rewards=false",  # the run's reward model would be one more score that PPO did not see
 )
 
 

@@ -212,3 +212,65 @@ def test_a_judge_fitted_on_pairs_prefers_what_they_prefer(root, tmp_path):
     judge = load_judge(SimpleNamespace(rows=lambda *_: rows), JudgeSource(**judges[0]))
     good, bad, empty = judge(["", "", ""], ["what a quiet joy", "a loud mess", ""])
     assert good > 0 > bad and empty == 0
+
+
+TWO = [{"artifact": "sft"}, {"artifact": "sft", "best_of": 2}]
+
+
+@pytest.fixture
+def run_with_rewards(tmp_path) -> Path:
+    """`reward`, which PPO maximises, and what else may lie in a run: `reward_b` is a model of its own."""
+    tokenizer = build_tokenizer()
+    sft = build_sft_artifact(tmp_path, tokenizer=tokenizer, model=lively(build_model(tokenizer)))
+    build_reward_artifact(tmp_path, mean=0.1, std=0.5)
+    run = tmp_path / "toy"
+    place = build_reward_artifact(tmp_path, "b", sft=sft, mean=0.3, std=2.0).path
+    for name in ("reward_b", "reward_x.old", "reward_y.linking"):
+        shutil.copytree(place, run / name)
+    shutil.copytree(run / "reward", run / "reward_copy")  # the same weights: nothing new
+    other = build_tokenizer(texts=("quite another film of other words",), vocab_size=270)
+    alien = build_sft_artifact(tmp_path, "alien", tokenizer=other)
+    shutil.copytree(build_reward_artifact(tmp_path, "alien", sft=alien, tokenizer=other).path, run / "reward_alien")
+    (run / "reward_broken").mkdir()
+    (run / "reward_broken" / "manifest.json").write_text("{", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_reward_model_that_nothing_names_is_a_judge_that_ppo_never_saw(run_with_rewards, caplog):
+    artifact = evaluated(run_with_rewards, policies=TWO)
+    manifest = artifact.manifest
+    assert manifest["comparison"]["scores"] == ["reward", "reward_b"]
+    assert manifest["comparison"]["frontier"]["unseen"] == ["reward_b"]
+    # (score - 0.3) / 2 where reward has (score - 0.1) / 0.5, of the same weights.
+    first, second = (manifest["metrics"][f"sft/{name}_mean"] for name in ("reward", "reward_b"))
+    assert second == pytest.approx((0.5 * first + 0.1 - 0.3) / 2)
+    # Lineage and fingerprint know it, so evaluate is stale when it changes.
+    digest = Artifact.load(run_with_rewards / "toy" / "reward_b").hash
+    assert manifest["inputs"]["reward_b"] == manifest["fingerprint"]["inputs"]["reward_b"] == digest
+    assert set(manifest["inputs"]) == {"sft", "reward", "reward_b"}
+    assert "no score by reward_broken" in caplog.text
+
+
+def test_one_that_is_named_or_not_wanted_is_scored_once_or_not_at_all(run_with_rewards):
+    judges = [{"name": "held_back", "artifact": str(run_with_rewards / "toy" / "reward_b")}]
+    assert evaluated(run_with_rewards, policies=TWO, judges=judges).manifest["comparison"]["scores"] == [
+        "reward", "held_back"
+    ]  # fmt: skip
+    alone = evaluated(run_with_rewards, policies=TWO, score_all_rewards=False).manifest
+    assert alone["comparison"]["scores"] == ["reward"] and set(alone["inputs"]) == {"sft", "reward"}
+    named = [{"name": "reward_b", "function": "tests.ppo_toys:share_of_e"}]
+    scores = evaluated(run_with_rewards, policies=TWO, judges=named).manifest["comparison"]["scores"]
+    assert scores == ["reward", "reward_b", "reward_b_2"]
+
+
+def test_a_new_reward_model_makes_a_finished_evaluation_anew(run_with_rewards):
+    run, recipe = run_with_rewards / "toy", toy_recipe(run_with_rewards, evaluate={"policies": TWO})
+    (run / "reward_b").rename(run_with_rewards / "away")
+    results = []
+    for _ in range(2):
+        results.append(run_stage(STAGE, Recipe.model_validate(recipe), run_with_rewards, "toy"))
+    (run_with_rewards / "away").rename(run / "reward_b")
+    results.append(run_stage(STAGE, Recipe.model_validate(recipe), run_with_rewards, "toy"))
+    finished = [result.manifest["finished"] + str(result.manifest["wall_seconds"]) for result in results]
+    assert finished[0] == finished[1] != finished[2]
+    assert results[2].manifest["comparison"]["scores"] == ["reward", "reward_b"]
