@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.cli import Parser, fail, setup_logging
-from rlhf.artifacts import MANIFEST, Artifact, check_name
+from rlhf.artifacts import MANIFEST, UNPUBLISHED, Artifact, check_name
 from rlhf.errors import UserError
-from rlhf.evaluation.sweeps import SEED, Point, markdown, points, run_name, table
+from rlhf.evaluation.sweeps import Point, is_seed, markdown, points, run_name, table
 from rlhf.recipe import Recipe, load_recipe
 
-UNPUBLISHED = (".partial", ".old", ".linking")
 STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 
@@ -151,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = table(Path(args.artifacts), args.base, args.points, last, args.metrics)
     except UserError as error:
         return fail(str(error))
-    print(f"\nMean ± standard deviation over {SEED}:\n\n" + markdown(rows))
+    seeds = [key for key in args.points[0] if is_seed(key)]
+    print((f"\nMean ± standard deviation over {' and '.join(seeds)}:\n\n" if seeds else "\n") + markdown(rows))
     if args.csv:
         with open(args.csv, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows(rows)

@@ -31,6 +31,8 @@ KEPT_POLICIES = "policies"  # in a ppo artifact: policies of earlier steps, for 
 # What a later stage consumes. Logs, samples and cards hold times and text for people: redoing a stage with the same
 # outcome must not make the stages after it stale.
 PAYLOAD = ("model/", "critic/", "adapter/", "critic_adapter/", "rows/")
+# Suffixes of folders that are being written, replaced or linked.
+UNPUBLISHED = (".partial", ".old", ".linking")
 # What only a running stage needs: neither hashed nor published.
 FINGERPRINT = "fingerprint.json"
 CHECKPOINTS = "checkpoints"

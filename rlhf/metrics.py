@@ -84,7 +84,8 @@ TRAINER = {
 
 EVALUATE = {
     "<policy>/<score>_mean": "Mean of a reward or judge score over held-out responses.",
-    "<policy>/kl_mean": "KL to the reference in nats per response; 0 for the reference itself.",
+    "<policy>/kl_mean": "KL to the reference in nats per response; 0 for the reference itself, "
+    "unless it was sampled with top-p or a repetition penalty.",
     "<policy>/length_mean": "Tokens per response, EOS included.",
     "<policy>/eos_rate": "Share of responses that ended by EOS or a stop string.",
     "<policy>/refusal_rate": "Share of responses that refuse, by a list of English and Chinese phrases.",
@@ -95,7 +96,9 @@ EVALUATE = {
     "<policy>/repetition_4": "Mean share of a response's four-word sequences that it had before.",
     "<policy>_vs_<baseline>/win_rate_<score>": "Share of responses that score above the baseline's, ties one half.",
     "<policy>_vs_<baseline>/lc_win_rate_<score>": "The same if both were equally long: a logistic regression.",
-    "<policy>_vs_<baseline>/order_agreement_<score>": "Share of pairs with one verdict of an LLM in both orders.",
+    "<policy>_vs_<baseline>/order_agreement_<score>": "Share of pairs with one verdict of an LLM in both orders, "
+    "of those with a verdict in both.",
+    "<policy>_vs_<baseline>/unread_<score>": "Share of an LLM's replies that say no verdict; each counts as a tie.",
     "<policy>_vs_<baseline>/refusal_rate_delta": "Mean paired difference of the refusal rate.",
     "<policy>_vs_<baseline>/perplexity_ratio": "perplexity of the policy by that of the baseline.",
     "<policy>_vs_<baseline>/<score>_delta": "Mean paired difference of a score, policy minus baseline.",

@@ -516,7 +516,8 @@ class EvaluateSection(Section):
     best_of_n: int = Field(
         16,
         ge=1,
-        description="Samples per prompt of the SFT model for reward against KL (best of 1, 2, 4, ...); 1 = off.",
+        description="Samples per prompt of the SFT model for reward against KL (best of 1, 2, 4, ...); 1 = without "
+        "best-of-n, the policy is held against the SFT model alone.",
     )
     frontier_prompts: int = Field(
         128, ge=2, description="Prompts of that, and of each kept PPO step; at most `prompts`."
@@ -525,6 +526,11 @@ class EvaluateSection(Section):
         200, ge=0, description="Held-out rows of sft.data (its eval_split) whose perplexity shows forgetting; 0 = skip."
     )
     judges: list[JudgeSource] = Field([], description="The first one gives the headline win rate.")
+    score_all_rewards: bool = Field(
+        True,
+        description="Score with every other reward model of the run, too: judges that PPO never saw, each by the name "
+        "of its folder.",
+    )
     llm_judge: LlmJudgeSection | None = Field(None, description="A language model as judge; null = none.")
     bootstrap: int = Field(2000, ge=100, description="Resamples for the 95 % intervals.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null = the recipe's seed.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,13 +25,17 @@ SAMPLED_WITH = ("temperature", "top_p", "response_length", "max_prompt_length", 
 
 @dataclass
 class Samples:
-    """Responses to prompts: text, unpadded ids (EOS included), and whether each ended by itself."""
+    """Responses to prompts: text, unpadded ids (EOS included), and whether each ended by itself.
+
+    `logprobs`: of each response that was sampled, in nats, as it was sampled: with temperature, top-p and penalty.
+    """
 
     prompts: list[str]
     prompt_ids: list[list[int]]
     responses: list[str]
     response_ids: list[list[int]]
     has_eos: list[bool]
+    logprobs: list[float] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -83,7 +87,7 @@ def sample_responses(
     ids = [renderer.prompt_ids(prompt) for prompt in prompts]
     noise = uniforms(len(ids), length, seed, *([draw] if draw else []))
     batch_size = batch_size or rows_at_once(model, max(map(len, ids)) + length)
-    response_ids, finished = [], []
+    response_ids, finished, logprobs = [], [], []
     for first in range(0, len(ids), batch_size):
         part = slice(first, first + batch_size)
         with default_generation_config(model):
@@ -91,8 +95,9 @@ def sample_responses(
         rows = zip(out.response_ids.cpu(), out.response_mask.cpu(), strict=True)
         response_ids += [row[keep].tolist() for row, keep in rows]
         finished += out.finished.tolist()
+        logprobs += out.logprobs.sum(dim=1).tolist()
     texts = [renderer.decode_response(row) for row in response_ids]
-    return Samples([renderer.prompt_text(p) for p in prompts], ids, texts, response_ids, finished)
+    return Samples([renderer.prompt_text(p) for p in prompts], ids, texts, response_ids, finished, logprobs)
 
 
 def rows_at_once(model: PreTrainedModel, tokens: int) -> int:

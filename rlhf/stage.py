@@ -64,6 +64,7 @@ class Stage:
         check: raises UserError for whatever can be known before a model is loaded.
         build: writes the artifact's files into `ctx.dir` and returns the manifest's stage-specific part.
         also: settings of other sections that the result depends on; part of the fingerprint.
+        found: further artifacts that it reads where they are there, after `inputs` are loaded; inputs like the others.
         headline: metrics shown when the stage is done.
         folder: of its artifact where that is not its name: a second reward model of one run.
     """
@@ -75,6 +76,7 @@ class Stage:
     check: Callable[[StageContext], None]
     build: Callable[[StageContext], dict[str, Any]]
     also: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
+    found: Callable[[StageContext], list[str]] = lambda ctx: []
     headline: tuple[str, ...] = ()
     folder: str | None = None
 
@@ -202,6 +204,8 @@ def load_inputs(ctx: StageContext, missing_ok: bool = False) -> None:
                 f"(same RUN and ARTIFACTS)"
             )
         ctx.inputs[reference] = Artifact.load(path)
+    for reference in ctx.stage.found(ctx):
+        ctx.inputs[reference] = Artifact.load(ctx.resolve(reference))
 
 
 def check_lineage(ctx: StageContext) -> None:

@@ -25,8 +25,8 @@ class PolicySamples:
         responses: response texts.
         lengths: response tokens, EOS included.
         has_eos: whether the response ended by itself.
-        kl: nats per response against the reference; 0 for the reference itself. None where the tokens are not the
-            reference's, and there is none.
+        kl: nats per response against the reference; 0 for the reference itself without top-p or repetition penalty.
+            None where the tokens are not the reference's, and there is none.
         scores: reward and judge scores by name, higher is better.
         perplexity: of held-out text; None where it was not measured.
     """

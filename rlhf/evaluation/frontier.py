@@ -1,4 +1,4 @@
-"""Reward against the KL paid for it: best-of-n, the steps of PPO, and the step that should have been kept.
+"""Reward against the KL paid for it: best-of-n, and the steps of PPO. What it says of a policy: `policy_gate.py`.
 
 Best-of-n needs no training and is hard to beat per nat of KL, so it is what a policy should be held against. The
 over-optimisation curve is Gao et al. 2022, *Scaling Laws for Reward Model Overoptimization*: as the policy walks away
@@ -8,7 +8,7 @@ from its reference, the reward that it maximises keeps rising while one that it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from rlhf.errors import UserError
 from rlhf.evaluation.statistics import Interval, bootstrap_interval
-from rlhf.reward.gate import Check, Verdict
 
 
 def best_of_n_kl(n: int) -> float:
@@ -75,13 +74,23 @@ def ladder(most: int) -> list[int]:
 
 
 def frontier(
-    trained: ArrayLike, scores: Mapping[str, ArrayLike], *, num_resamples: int = 2000, seed: int = 0
+    trained: ArrayLike,
+    scores: Mapping[str, ArrayLike],
+    kl: ArrayLike | None = None,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    num_resamples: int = 2000,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Best-of-n on the base policy, one row per n: the KL bound, and every score with its interval over prompts.
 
     Args:
         trained: [P, N] what the best is chosen by, PPO's reward.
         scores: [P, N] by name.
+        kl: [P, N] log pi - log pi_ref of the samples, where they are not from the reference itself but from one with
+            top-p or a repetition penalty; None = 0. What best-of-n pays comes on top: the log of its ratio to the
+            reference is the sum of the two.
+        clusters: [P] what each prompt is one of, see `bootstrap_interval`.
         num_resamples, seed: of the bootstrap.
 
     Returns:
@@ -91,102 +100,34 @@ def frontier(
     rows = []
     for n in ladder(np.asarray(trained).shape[1]):
         values = {name: best_of_n(trained, score, n) for name, score in scores.items()}
-        points = {name: _point(value, num_resamples, seed) for name, value in values.items()}
-        rows.append({"n": n, "kl": best_of_n_kl(n), "scores": points})
+        points = {name: _point(value, clusters, num_resamples, seed) for name, value in values.items()}
+        before = 0.0 if kl is None else float(best_of_n(trained, kl, n).mean())
+        rows.append({"n": n, "kl": best_of_n_kl(n) + before, "scores": points})
     return rows
 
 
-def _point(values: ArrayLike, num_resamples: int, seed: int) -> dict[str, Any]:
-    interval = bootstrap_interval(values, num_resamples=num_resamples, seed=seed)
+def _point(values: ArrayLike, clusters: Sequence[Hashable] | None, num_resamples: int, seed: int) -> dict[str, Any]:
+    interval = bootstrap_interval(values, clusters=clusters, num_resamples=num_resamples, seed=seed)
     return as_dict(interval) | {"by_prompt": np.asarray(values, dtype=np.float64).tolist()}
 
 
 def policy_point(
-    step: int, kl: Sequence[float], scores: Mapping[str, Sequence[float]], *, num_resamples: int, seed: int
+    step: int,
+    kl: Sequence[float],
+    scores: Mapping[str, Sequence[float]],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    num_resamples: int,
+    seed: int,
 ) -> dict[str, Any]:
     """A policy as a row like those of `frontier`: its step, its measured KL in nats, and every score by prompt."""
-    points = {score: _point(values, num_resamples, seed) for score, values in scores.items()}
+    points = {score: _point(values, clusters, num_resamples, seed) for score, values in scores.items()}
     return {"step": step, "kl": float(np.mean(kl)), "scores": points}
 
 
 def best_step(points: Sequence[Mapping[str, Any]], score: str) -> int:
     """The step with the largest mean of `score`; the earliest of equals, which paid the least."""
     return max(points, key=lambda point: (point["scores"][score]["value"], -point["step"]))["step"]
-
-
-def findings(
-    rows: Sequence[Mapping[str, Any]],
-    points: Sequence[Mapping[str, Any]],
-    published: int,
-    unseen: Sequence[str],
-    *,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """What went wrong with the published step, each with its name, the score that shows it and a line in words.
-
-    Only what the interval of the difference, paired by prompt, leaves no doubt about. The best of many looks good by
-    luck, so the intervals are those of 95 % for all of them together (Bonferroni):
-
-    - `over_optimised`: an earlier kept step had more of a score that PPO did not maximise.
-    - `beaten_by_best_of_n`: some best-of-n pays no more KL than the policy and has more of the score.
-
-    Args:
-        rows: from `frontier`.
-        points: the kept steps of PPO, from `policy_point`, the published one among them.
-        published: its step.
-        unseen: scores that PPO did not maximise.
-        num_resamples, seed: of the bootstrap.
-    """
-    policy = next(point for point in points if point["step"] == published)
-    found = []
-    for score in unseen:
-        earlier = [point for point in points if point["step"] < published]
-        cheaper = [row for row in rows if row["kl"] <= policy["kl"] and row["n"] > 1]
-        for kind, others in (("over_optimised", earlier), ("beaten_by_best_of_n", cheaper)):
-            if not others:
-                continue
-            confidence = 1 - 0.05 / (len(others) * len(unseen))
-            best = max(others, key=lambda other: other["scores"][score]["value"])
-            lost = np.subtract(best["scores"][score]["by_prompt"], policy["scores"][score]["by_prompt"])
-            interval = bootstrap_interval(lost, confidence=confidence, num_resamples=num_resamples, seed=seed)
-            if interval.low > 0:
-                what = f"step {best['step']}" if "step" in best else f"best-of-{best['n']} of the SFT model"
-                text = (
-                    f"{kind}: {score} of {what} is {interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}] "
-                    f"above that of the published step {published}, "
-                    f"for {best['kl']:.2f} nats instead of {policy['kl']:.2f}"
-                )
-                found.append({"kind": kind, "score": score, "text": text, **as_dict(interval)})
-    return found
-
-
-REMEDIES = {
-    "over_optimised": "keep the earlier step, raise ppo.kl_coef or set ppo.kl_target",
-    "beaten_by_best_of_n": "train longer at a higher ppo.kl_coef, or serve best-of-n",
-}
-
-
-def policy_gate(curve: Mapping[str, Any]) -> list[Check]:
-    """What is to be said of the published policy: over-optimised fails, beaten by best-of-n and not judged warn.
-
-    Args:
-        curve: from `rlhf.evaluation.stage.reward_against_kl`; one without steps of PPO gives no checks.
-    """
-    if not curve["steps"]:
-        return []
-    if not curve["unseen"]:
-        reason = "every score is one that PPO maximised, which rises also where the text gets worse"
-        return [Check("held-back score", "warn", reason, "add one to evaluate.judges")]
-    checks = []
-    for kind, remedy in REMEDIES.items():
-        found = [finding for finding in curve["findings"] if finding["kind"] == kind]
-        worse: Verdict = "fail" if kind == "over_optimised" else "warn"
-        checks += [Check(kind, worse, finding["text"].removeprefix(f"{kind}: "), remedy) for finding in found]
-        if not found:
-            place = "at an earlier kept step" if kind == "over_optimised" else "with best-of-n for no more KL"
-            checks.append(Check(kind, "pass", f"no score that PPO did not see was surely higher {place}"))
-    return checks
 
 
 def as_dict(interval: Interval) -> dict[str, float]:

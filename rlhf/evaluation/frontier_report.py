@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.evaluation._panels import COLOURS, GREY, tidy
-from rlhf.evaluation.frontier import policy_gate
+from rlhf.evaluation.policy_gate import not_measured, policy_gate
 from rlhf.reward.gate import Verdict, verdict
 from rlhf.reward.gate import lines as gate_lines
 
@@ -32,27 +32,29 @@ def table_rows(curve: Mapping[str, Any]) -> list[list[str]]:
 
 def sentences(curve: Mapping[str, Any]) -> list[str]:
     """What the table says: the step that each score would have kept, and what went wrong with the published one."""
-    lines = []
-    if curve["steps"]:
-        unseen = [f"{curve['best_steps'][score]} by {score}" for score in curve["unseen"]]
-        rewarded = f"{curve['best_steps'][curve['trained']]} by {curve['trained']}, which PPO maximised"
-        lines.append(
-            f"Published is step {curve['published']}. The best of the kept steps is {', '.join([*unseen, rewarded])}."
-        )
-        checks = policy_gate(curve)
-        lines.append(f"Gate of the policy: {verdict(checks).upper()}.")
-        lines += [f"{line}." for line in gate_lines(checks)]
-        if verdict(checks) == "pass":
-            lines.append("No score that PPO did not see was surely higher at an earlier step or with best-of-n.")
-    return lines
+    if not curve["steps"]:
+        return []
+    unseen = [f"{curve['best_steps'][score]} by {score}" for score in curve["unseen"]]
+    rewarded = f"{curve['best_steps'][curve['trained']]} by {curve['trained']}, which PPO maximised"
+    # Before the SFT model was held against the policy it was no candidate either.
+    among = "the kept steps and the SFT model (step 0)" if "comparisons" in curve else "the kept steps"
+    checks = policy_gate(curve)
+    return [
+        f"Published is step {curve['published']}. The best of {among} is {', '.join([*unseen, rewarded])}.",
+        f"Gate of the policy: {verdict(checks).upper()}.",
+        *(f"{line}." for line in gate_lines(checks, without=())),
+        *(f"{name} was not measured: {remedy}." for name, remedy in not_measured(curve).items()),
+    ]
 
 
 def outcome(curve: Mapping[str, Any] | None) -> tuple[Verdict, str] | None:
-    """Verdict of the policy's gate and the names of what did not pass; None where there is nothing to judge."""
+    """Verdict of the policy's gate, and the names of what did not pass or was not measured; None without a policy."""
     checks = policy_gate(curve) if curve else []
-    if not checks:
+    if not curve or not checks:
         return None
-    return verdict(checks), ", ".join(dict.fromkeys(check.name for check in checks if check.verdict != "pass"))
+    names = ", ".join(dict.fromkeys(check.name for check in checks if check.verdict != "pass"))
+    missing = ", ".join(not_measured(curve))
+    return verdict(checks), "; ".join(filter(None, [names, missing and f"not measured: {missing}"]))
 
 
 def plot_frontier(curve: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:

@@ -10,7 +10,6 @@ import http.client
 import json
 import logging
 import os
-import re
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.evaluation.verdicts import read_verdict
 from rlhf.recipe import LlmJudgeSection
 from rlhf.redact import redact
 
@@ -37,10 +37,11 @@ QUESTION = """{criterion}
 {second}
 
 Which answer is better? Reply with one word: A, B or tie."""
-_VERDICT = re.compile(r"\W*(?:answer\s+)?(A|B|tie)\b", re.IGNORECASE)
 _WORTH = {"a": 1.0, "b": 0.0, "tie": 0.5}  # to the answer in the first place
 _LONGEST_WAIT = 60.0  # seconds between two attempts
 _BODY_SHOWN = 200  # characters of an error's body
+_REPLY_SHOWN = 80  # of a reply that says nothing
+_MOST_UNREAD = 0.5  # with more, the win rate would be made of ties that nobody found
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Verdicts:
 
     Attributes:
         wins: [N] share of the policy in the pair, the mean of both orders: 0, 0.25, 0.5, 0.75 or 1.
-        agreement: share of pairs with the same verdict in both orders.
+        agreement: share with the same verdict in both orders, of the pairs with a verdict in both; None without any.
         first_place: mean share of the answer that was shown first; 0.5 without position bias.
         unread: share of replies that were no verdict, which count as ties.
     """
 
     wins: list[float]
-    agreement: float
+    agreement: float | None
     first_place: float
     unread: float
 
@@ -72,7 +73,8 @@ def judge_pairs(
         baseline: [N] of the one it is compared with.
 
     Raises:
-        UserError: no key, the URL cannot be reached or refuses, an answer in another form than the API's.
+        UserError: no key, the URL cannot be reached or refuses, an answer in another form than the API's, or most
+            replies say no verdict.
     """
     key = read_key(section)
     rows = list(zip(prompts, answers, baseline, strict=True))
@@ -85,15 +87,29 @@ def judge_pairs(
         except UserError:
             pool.shutdown(wait=False, cancel_futures=True)  # one line, and not a thousand more requests
             raise
-    found = [_VERDICT.match(reply) for reply in replies]
-    worth = [_WORTH[match[1].lower()] if match else 0.5 for match in found]
-    count = len(rows)
-    forward, backward = worth[:count], [1 - value for value in worth[count:]]
+    return _verdicts(section, replies)
+
+
+def _verdicts(section: LlmJudgeSection, replies: Sequence[str]) -> Verdicts:
+    """From the replies to N pairs, and to the same with the answers swapped."""
+    found = [read_verdict(reply) for reply in replies]
+    unread = sum(verdict is None for verdict in found)
+    if unread > _MOST_UNREAD * len(found):
+        example = redact(" ".join(replies[found.index(None)].split()))[:_REPLY_SHOWN]
+        raise UserError(
+            f"evaluate.llm_judge: {unread} of {len(found)} replies of {section.model} say neither A, B nor tie (the "
+            f"first: {example!r}): raise evaluate.llm_judge.max_tokens (now {section.max_tokens}) for a model that "
+            "thinks first, or take one that follows instructions"
+        )
+    worth = [0.5 if verdict is None else _WORTH[verdict] for verdict in found]
+    count = len(found) // 2
+    both = list(zip(worth[:count], [1 - value for value in worth[count:]], strict=True))
+    read = [pair for pair, *said in zip(both, found[:count], found[count:], strict=True) if None not in said]
     return Verdicts(
-        wins=[(one + other) / 2 for one, other in zip(forward, backward, strict=True)],
-        agreement=sum(one == other for one, other in zip(forward, backward, strict=True)) / count,
+        wins=[(forward + backward) / 2 for forward, backward in both],
+        agreement=sum(forward == backward for forward, backward in read) / len(read) if read else None,
         first_place=sum(worth) / len(worth),
-        unread=sum(match is None for match in found) / len(found),
+        unread=unread / len(found),
     )
 
 

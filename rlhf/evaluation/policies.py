@@ -13,15 +13,15 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.artifacts import KEPT_POLICIES, Artifact
+from rlhf.artifacts import KEPT_POLICIES, MANIFEST, UNPUBLISHED, Artifact
 from rlhf.data import Renderer
 from rlhf.errors import UserError
 from rlhf.evaluation.compare import PolicySamples
 from rlhf.evaluation.frontier import best_of_n_kl
 from rlhf.evaluation.judges import SentimentJudge, vader_judge
-from rlhf.functions import TextFunction, call_text_function, function_name, load_function
+from rlhf.functions import TextFunction, call_text_function, load_function
 from rlhf.models import compute_dtype, load_model, load_tokenizer, tokenizer_identity
-from rlhf.ppo.rewards import aggregate
+from rlhf.ppo.rewards import aggregate, source_names, unique
 from rlhf.recipe import JudgeSource, PolicySource, Recipe
 from rlhf.reward.baselines import TfidfScorer, fit_tfidf
 from rlhf.sampling import Samples, perplexity, response_logprob_sums, sample_responses, score_sequences
@@ -41,6 +41,11 @@ def sampling_settings(recipe: Recipe) -> dict[str, Any]:
         "stop_strings": list(ppo.stop_strings),
         "seed": recipe.stage_seed("evaluate"),
     }
+
+
+def has_knobs(settings: Mapping[str, Any]) -> bool:
+    """Whether responses are drawn from something else than the softmax at the temperature."""
+    return settings["top_p"] < 1 or settings["repetition_penalty"] != 1
 
 
 @dataclass
@@ -74,11 +79,18 @@ class Sampler:
         return samples if renderer is self.renderer else self._in_own_tokens(samples)
 
     def kl(self, model: PreTrainedModel, samples: Samples) -> list[float]:
-        """log pi - log pi_ref of each response, in nats: its mean estimates the KL to the SFT model."""
+        """log pi - log pi_ref of each response, in nats: its mean estimates the KL to the SFT model.
+
+        With top-p or a repetition penalty, pi is the policy as it was sampled, with these knobs, and the reference the
+        SFT model without them, which gives every response a probability: the SFT model then has a KL as well.
+        """
         pad, temperature = self.renderer.tokenizer.pad_token_id, self.settings["temperature"]
-        own = response_logprob_sums(model, samples, temperature, pad)
-        if model is self.reference:
-            return [0.0] * len(own)
+        if has_knobs(self.settings):
+            own = samples.logprobs
+        elif model is self.reference:
+            return [0.0] * len(samples.responses)
+        else:
+            own = response_logprob_sums(model, samples, temperature, pad)
         reference = response_logprob_sums(self.reference, samples, temperature, pad)
         return [a - b for a, b in zip(own, reference, strict=True)]
 
@@ -138,8 +150,48 @@ def load_kept(directory: Path, sft: Artifact) -> PreTrainedModel:
     return PeftModel.from_pretrained(load_model(sft.model_dir), str(directory)).merge_and_unload()
 
 
+def named_artifacts(recipe: Recipe) -> list[str]:
+    """The artifacts that the recipe names for an evaluation: SFT, policies, reward sources and judges."""
+    sources = [*recipe.evaluate.policies, *recipe.ppo.rewards, *recipe.evaluate.judges]
+    return list(dict.fromkeys(["sft", *(source.artifact for source in sources if source.artifact)]))
+
+
+def idle_rewards(ctx: StageContext) -> list[str]:
+    """Finished reward models of the run that the recipe names nowhere, and that read the SFT model's tokens.
+
+    One of the same weights as a source or judge is left out: it would say the same under another name.
+    """
+    if not ctx.recipe.evaluate.score_all_rewards or "sft" not in ctx.inputs:
+        return []
+    tokens = _tokens(ctx.inputs["sft"])
+    hashes = {artifact.hash for artifact in ctx.inputs.values()}
+    found = []
+    for place in (path.parent for path in sorted(ctx.final.parent.glob(f"*/{MANIFEST}"))):
+        if place.name in ctx.inputs or place.suffix in UNPUBLISHED:
+            continue
+        try:
+            artifact = Artifact.load(place)
+        except UserError as error:  # no input of the recipe's: no reason to stop
+            logger.warning("evaluate: no score by %s: %s", place.name, error)
+            continue
+        if "reward_statistics" not in artifact.manifest or artifact.hash in hashes:
+            continue
+        if _tokens(artifact) != tokens:
+            logger.info("evaluate: no score by %s: it reads other tokens than this run's sft", place.name)
+            continue
+        hashes.add(artifact.hash)
+        found.append(place.name)
+    return found
+
+
+def _tokens(artifact: Artifact) -> list[str]:
+    """What text becomes."""
+    identity = artifact.manifest.get("tokenizer") or {}
+    return [identity.get("hash", ""), identity.get("chat_template_hash", "")]
+
+
 class Scores:
-    """Every score of a response: the sources of `ppo.rewards` (weight 0 among them) and the judges.
+    """Every score of a response: the sources of `ppo.rewards` (weight 0 among them), the judges, and `idle_rewards`.
 
     Reward models count the SFT samples' mean as 0 and their std as 1, as PPO sees them before the missing-EOS rule.
 
@@ -154,14 +206,11 @@ class Scores:
         self.config = ctx.recipe.ppo
         self.weights: dict[str, float] = {}
         self.sources: dict[str, Callable[[Samples], list[float]]] = {}
-        for source in ctx.recipe.ppo.rewards:
-            if source.artifact is not None:
-                name = Path(source.artifact).name
-                self.sources[name] = self._model(ctx.inputs[source.artifact])
-            else:
-                function = load_function(source.function)
-                name = function_name(function)
-                self.sources[name] = self._texts(function)
+        for name, source in zip(source_names(self.config.rewards), self.config.rewards, strict=True):
+            of_model = source.artifact is not None
+            self.sources[name] = (
+                self._model(ctx.inputs[source.artifact]) if of_model else self._texts(load_function(source.function))
+            )
             self.weights[name] = source.weight
         for judge in ctx.recipe.evaluate.judges:
             if judge.name in self.sources:
@@ -170,6 +219,9 @@ class Scores:
             self.sources[judge.name] = (
                 self._model(ctx.inputs[judge.artifact]) if of_model else self._texts(load_judge(ctx, judge))
             )
+
+        for reference in (name for name in ctx.inputs if name not in named_artifacts(ctx.recipe)):
+            self.sources[unique(reference, self.sources)] = self._model(ctx.inputs[reference])
 
     def __call__(self, samples: Samples) -> dict[str, list[float]]:
         """[B] scores by name, of responses to the first B prompts."""

@@ -57,6 +57,10 @@ def comparison_rows(result: Mapping[str, Any]) -> list[list[str]]:
             keys = [f"{name}_vs_{first}/{key}_{score}" for name in others]
             row = [f"{label} {score}", "-", *(with_interval(metrics, key, 3) for key in keys)]
             rows.append(row + ["-"] * change)
+    for label, key in (("same verdict in both orders,", "order_agreement"), ("replies without a verdict,", "unread")):
+        for score in [result["pairwise"]["name"]] if "pairwise" in result else []:
+            keys = [f"{name}_vs_{first}/{key}_{score}" for name in others]
+            rows.append([f"{label} {score}", "-", *(with_interval(metrics, key, 3) for key in keys), *["-"] * change])
     for score in result["scores"] if not change else ():
         keys = [f"{name}/strength_{score}" for name in result["policies"]]
         rows.append([f"Bradley-Terry by {score}, logits", *(with_interval(metrics, key, 2, "+") for key in keys)])
@@ -171,9 +175,10 @@ def sampled(result: Mapping[str, Any]) -> str:
     if not knobs:
         return ""
     penalty = f", repetition penalty {knobs['repetition_penalty']:g}" if knobs["repetition_penalty"] != 1 else ""
+    as_sampled = "; KL is that of the policies with these knobs to the SFT model without them"
     return (
         f", sampled at temperature {knobs['temperature']:g}, top-p {knobs['top_p']:g}{penalty}, "
-        f"at most {knobs['response_length']} tokens"
+        f"at most {knobs['response_length']} tokens{as_sampled if knobs.get('kl_as_sampled') else ''}"
     )
 
 
@@ -186,8 +191,7 @@ def _frontier_section(result: Mapping[str, Any], directory: Path) -> list[str]:
     return [
         "## Reward against KL",
         "",
-        f"{curve['samples']} samples of the SFT model to each of {curve['prompts']} prompts, of which best-of-n keeps "
-        f"the one with most {curve['trained']}; one response of each PPO policy to the same prompts.",
+        _drawn(curve),
         "",
         _aligned(frontier_report.table_rows(curve)),
         "",
@@ -195,6 +199,15 @@ def _frontier_section(result: Mapping[str, Any], directory: Path) -> list[str]:
         "",
         *[line for sentence in frontier_report.sentences(curve) for line in (sentence, "")],
     ]
+
+
+def _drawn(curve: Mapping[str, Any]) -> str:
+    if curve["samples"] == 1:
+        return f"One response of the SFT model and of each PPO policy to each of {curve['prompts']} prompts."
+    return (
+        f"{curve['samples']} samples of the SFT model to each of {curve['prompts']} prompts, of which best-of-n keeps "
+        f"the one with most {curve['trained']}; one response of each PPO policy to the same prompts."
+    )
 
 
 def pick_samples(before: Sequence[float], after: Sequence[float], seed: int = 0) -> list[tuple[int, str]]:
@@ -235,6 +248,14 @@ def main_judge(scores: Sequence[str], judge: str | None = None) -> str:
     if judge is None or judge not in scores:
         raise UserError(f"report: judge {judge!r} is not among the scores {list(scores)}; name one of them")
     return judge
+
+
+def headline_judge(result: Mapping[str, Any]) -> str:
+    """The score of a stored comparison that boxes, samples and headline numbers go by: the recipe's first judge.
+
+    An evaluation from before `headline` was stored has the choice of `main_judge`.
+    """
+    return main_judge(result["scores"], result.get("headline"))
 
 
 def _table_measures(scores: Sequence[str]) -> list[tuple[str, str, str, int]]:

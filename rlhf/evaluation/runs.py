@@ -11,7 +11,7 @@ import pandas as pd
 from rlhf.errors import UserError
 from rlhf.evaluation.curves import Run
 from rlhf.evaluation.frontier_report import outcome
-from rlhf.evaluation.report import comparison_rows, main_judge, with_interval
+from rlhf.evaluation.report import comparison_rows, headline_judge, with_interval
 
 ABSENT = "-"
 
@@ -95,13 +95,13 @@ def _evaluated(run: Run) -> dict[str, str]:
     if result is None:
         return {}
     metrics, first, last = result["metrics"], result["policies"][0], result["policies"][-1]
-    judge, pair = main_judge(result["scores"]), f"{last}_vs_{first}"
+    judge, pair = headline_judge(result), f"{last}_vs_{first}"
     found = {f"evaluate: win rate over {first} by {judge}": with_interval(metrics, f"{pair}/win_rate_{judge}", 3)}
     found |= {
         f"evaluate: {score}, mean": with_interval(metrics, f"{last}/{score}_mean", 3) for score in result["scores"]
     }
     gate = outcome(result.get("frontier"))
-    found["evaluate: gate of PPO's policy"] = ABSENT if gate is None else " ".join(filter(None, gate))
+    found["evaluate: gate of PPO's policy"] = ABSENT if gate is None else ": ".join(filter(None, gate))
     found["evaluate: KL, nats per response"] = with_interval(metrics, f"{last}/kl_mean", 2)
     found["evaluate: length, tokens"] = with_interval(metrics, f"{last}/length_mean", 1)
     found["evaluate: distinct-2"] = with_interval(metrics, f"{last}/distinct_2", 3)

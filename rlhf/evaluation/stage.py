@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from rlhf.artifacts import MANIFEST, Artifact, sha256_file
+from rlhf.artifacts import Artifact, sha256_file
 from rlhf.data import Renderer, check_split
 from rlhf.errors import UserError
 from rlhf.evaluation import frontier
@@ -23,14 +23,18 @@ from rlhf.evaluation.policies import (
     Sampler,
     Scores,
     evaluate_policy,
+    has_knobs,
     held_out_texts,
+    idle_rewards,
     kept_steps,
     load_kept,
+    named_artifacts,
     sampling_settings,
     step_dir,
 )
+from rlhf.evaluation.policy_gate import judge_published, not_measured, policy_gate
 from rlhf.evaluation.ranking import at_equal_length
-from rlhf.evaluation.report import write_report
+from rlhf.evaluation.report import main_judge, write_report
 from rlhf.evaluation.statistics import bootstrap_interval
 from rlhf.functions import load_function, source_hashes
 from rlhf.logs import append_row
@@ -72,7 +76,6 @@ def build(ctx: StageContext) -> dict[str, Any]:
     if not PartialState().is_main_process:
         return {}
     section = ctx.recipe.evaluate
-    name_idle_rewards(ctx)
     set_seed(ctx.seed)
     tokenizer = load_tokenizer(ctx.inputs["sft"].model_dir)
     renderer = Renderer(tokenizer, ctx.recipe.model.chat)
@@ -87,29 +90,30 @@ def build(ctx: StageContext) -> dict[str, Any]:
     sampler = Sampler(ctx, renderer, [row["prompt"] for row in rows], settings, reference, held_out)
     evaluated = [evaluate_policy(sampler, scores, source) for source in section.policies]
     policies = [policy for policy, _ in evaluated]
-    result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed) | {"sampling": settings}
+    result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed)
+    result["sampling"] = settings | {"kl_as_sampled": has_knobs(settings)}
+    result["headline"] = main_judge(result["scores"], first_judge(ctx.recipe))
     if section.llm_judge is not None:
         ask_llm(section.llm_judge, policies, result, {"num_resamples": section.bootstrap, "seed": ctx.seed})
-    checks = []
-    if section.best_of_n > 1:
-        result["frontier"] = reward_against_kl(ctx, sampler, scores)
-        checks = frontier.policy_gate(result["frontier"])
     trained = ppo_artifact(ctx)
+    if section.best_of_n > 1 or trained is not None:
+        result["frontier"] = reward_against_kl(ctx, sampler, scores)
     history = trained.metrics() if trained else None
-    write_report(ctx.dir, result, policies, history, judge=headline_judge(ctx.recipe), seed=ctx.seed)
+    write_report(ctx.dir, result, policies, history, judge=result["headline"], seed=ctx.seed)
     for source, (policy, samples) in zip(section.policies, evaluated, strict=True):
         _write_samples(ctx.dir, policy, samples, policy_step(ctx, source), scores.maximised)
     append_row(ctx.dir / "metrics.jsonl", {"step": 0} | result["metrics"])
     found = {"tokenizer": tokenizer_identity(tokenizer), "metrics": result["metrics"], "comparison": result}
-    return found | ({"gate": {"verdict": verdict(checks), "reasons": gate_lines(checks)}} if checks else {})
+    return found | _gate(result.get("frontier"))
 
 
-def name_idle_rewards(ctx: StageContext) -> None:
-    """Say which reward models of the run score nothing: each that PPO did not maximise could be a judge."""
-    for path in sorted(ctx.final.parent.glob(f"*/{MANIFEST}")):
-        name = path.parent.name
-        if name not in ctx.inputs and json.loads(path.read_text(encoding="utf-8")).get("stage") == "reward":
-            logger.info("evaluate: %s is in this run, too: name it in evaluate.judges to have its score", name)
+def _gate(curve: dict[str, Any] | None) -> dict[str, Any]:
+    """What the manifest says of the published policy; nothing where there is none."""
+    checks = policy_gate(curve) if curve else []
+    if not curve or not checks:
+        return {}
+    summary = {"verdict": verdict(checks), "reasons": gate_lines(checks), "not_measured": not_measured(curve)}
+    return {"gate": summary}
 
 
 def ask_llm(
@@ -127,7 +131,9 @@ def ask_llm(
         equal = at_equal_length(wins, policy.lengths[:count], lengths, clusters=prompts, **options)
         result["metrics"] |= with_limits(f"{pair}/win_rate_{section.name}", rate)
         result["metrics"] |= with_limits(f"{pair}/lc_win_rate_{section.name}", equal)
-        result["metrics"][f"{pair}/order_agreement_{section.name}"] = verdicts.agreement
+        result["metrics"][f"{pair}/unread_{section.name}"] = verdicts.unread
+        if verdicts.agreement is not None:
+            result["metrics"][f"{pair}/order_agreement_{section.name}"] = verdicts.agreement
         if verdicts.unread > 0.1:
             logger.warning(
                 "llm judge: %.0f %% of the replies were neither A, B nor tie: raise evaluate.llm_judge.max_tokens, or "
@@ -141,14 +147,18 @@ def reward_against_kl(ctx: StageContext, sampler: Sampler, scores: Scores) -> di
 
     Returns:
         `best_of_n` and `steps`, rows as `frontier.frontier` and `frontier.policy_point` make them (without the scores
-        of single prompts), `published` step, `best_steps` by score, `findings`, and what they were computed from.
+        of single prompts), `published` step, `best_steps` by score (0 = the SFT model), what `judge_published` found,
+        and what they were computed from.
     """
     section = ctx.recipe.evaluate
-    options = {"num_resamples": section.bootstrap, "seed": ctx.seed}
     part = replace(sampler, prompts=sampler.prompts[: section.frontier_prompts])
-    draws = [scores(part.draw(part.reference, part.renderer, number)) for number in range(section.best_of_n)]
+    drawn = [part.draw(part.reference, part.renderer, number) for number in range(section.best_of_n)]
+    draws = [scores(samples) for samples in drawn]
     columns = {name: np.array([draw[name] for draw in draws]).T for name in draws[0]}
-    rows = frontier.frontier(columns[scores.maximised], columns, **options)
+    kl = np.array([part.kl(part.reference, samples) for samples in drawn]).T
+    prompts = drawn[0].prompts
+    options = {"num_resamples": section.bootstrap, "seed": ctx.seed, "clusters": prompts}
+    rows = frontier.frontier(columns[scores.maximised], columns, kl, **options)
     curve: dict[str, Any] = {
         "prompts": len(part.prompts), "samples": section.best_of_n, "scores": list(columns),
         "trained": scores.maximised, "unseen": scores.unseen, "best_of_n": rows, "steps": [], "published": None,
@@ -158,14 +168,17 @@ def reward_against_kl(ctx: StageContext, sampler: Sampler, scores: Scores) -> di
     if artifact is not None:
         published = int(artifact.manifest["metrics"]["published_ppo_step"])
         points = ppo_points(part, scores, artifact, published, options)
+        candidates = [{"step": 0, **rows[0]}, *points]
         curve |= {
             "steps": points,
             "published": published,
-            "best_steps": {name: frontier.best_step(points, name) for name in columns},
-            "findings": frontier.findings(rows, points, published, scores.unseen, **options),
+            "best_steps": {name: frontier.best_step(candidates, name) for name in columns},
+            **judge_published(rows, points, published, scores.unseen, clusters=prompts),
         }
-        for line in gate_lines(frontier.policy_gate(curve)):
+        for line in gate_lines(policy_gate(curve)):
             logger.warning("%s", line)
+        for name, remedy in not_measured(curve).items():
+            logger.info("%s was not measured: %s", name, remedy)
     for row in [*rows, *curve["steps"]]:
         for point in row["scores"].values():
             point.pop("by_prompt")
@@ -173,7 +186,7 @@ def reward_against_kl(ctx: StageContext, sampler: Sampler, scores: Scores) -> di
 
 
 def ppo_points(
-    sampler: Sampler, scores: Scores, artifact: Artifact, published: int, options: dict[str, int]
+    sampler: Sampler, scores: Scores, artifact: Artifact, published: int, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """The policies of the kept steps and of the published one, by step."""
     points = []
@@ -191,7 +204,7 @@ def ppo_artifact(ctx: StageContext) -> Artifact | None:
     return next((artifact for artifact in sources if artifact.stage == "ppo"), None)
 
 
-def headline_judge(recipe: Recipe) -> str | None:
+def first_judge(recipe: Recipe) -> str | None:
     """Name of the first judge; None = the report's own choice."""
     return recipe.evaluate.judges[0].name if recipe.evaluate.judges else None
 
@@ -222,11 +235,6 @@ def _write_samples(directory: Path, policy: PolicySamples, samples: Samples, ste
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _inputs(recipe: Recipe) -> list[str]:
-    sources = [*recipe.evaluate.policies, *recipe.ppo.rewards, *recipe.evaluate.judges]
-    return list(dict.fromkeys(["sft", *(source.artifact for source in sources if source.artifact)]))
-
-
 def _data(recipe: Recipe) -> list[str]:
     judges = [data for judge in recipe.evaluate.judges if (data := judge.sentiment or judge.pairs)]
     held_out = [recipe.sft.data] if recipe.evaluate.perplexity_rows else []
@@ -246,4 +254,6 @@ def _also(recipe: Recipe) -> dict[str, Any]:
     return recipe.ppo.model_dump(mode="json", include=keys) | also | {"sft": held_out}
 
 
-STAGE = Stage("evaluate", 3, inputs=_inputs, data=_data, check=check, build=build, also=_also)
+STAGE = Stage(
+    "evaluate", 3, inputs=named_artifacts, data=_data, check=check, build=build, also=_also, found=idle_rewards
+)

@@ -11,7 +11,6 @@ from pathlib import Path
 from rlhf.artifacts import Artifact, check_name
 from rlhf.errors import UserError
 
-SEED = "seed"  # what a table takes the mean over
 SHOWN = (r"ppo/.*_mean", r"ppo/eos_rate", r"ppo/distinct_2", r"ppo_vs_sft/win_rate_\w+")
 Point = dict[str, str]  # setting -> value, as they are given to a stage
 
@@ -32,6 +31,11 @@ def points(over: Sequence[str]) -> list[Point]:
         keys.append(key)
         values.append(given.split(","))
     return [dict(zip(keys, chosen, strict=True)) for chosen in itertools.product(*values)]
+
+
+def is_seed(key: str) -> bool:
+    """Whether a table takes the mean over this setting: `seed`, or the seed of one stage, such as `ppo.seed`."""
+    return key == "seed" or key.endswith(".seed")
 
 
 def run_name(base: str, point: Point) -> str:
@@ -59,7 +63,7 @@ def table(root: Path, base: str, over: Sequence[Point], stage: str, metrics: Seq
     groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for point in over:
         place = root / run_name(base, point) / stage
-        found = groups.setdefault(tuple(value for key, value in point.items() if key != SEED), [])
+        found = groups.setdefault(tuple(value for key, value in point.items() if not is_seed(key)), [])
         if place.is_dir():
             found.append(Artifact.load(place).manifest["metrics"])
     known = {name for rows in groups.values() for row in rows for name in row}
@@ -72,7 +76,7 @@ def table(root: Path, base: str, over: Sequence[Point], stage: str, metrics: Seq
         )
     shown = list(metrics) or [name for pattern in SHOWN for name in sorted(known) if re.fullmatch(pattern, name)]
     shown = [name for name in shown if metrics or not name.endswith(("_low", "_high"))] or sorted(known)
-    head = [key for key in over[0] if key != SEED] + ["runs", *shown]
+    head = [key for key in over[0] if not is_seed(key)] + ["runs", *shown]
     return [head] + [
         [*values, str(len(rows)), *(_cell([row[name] for row in rows if name in row]) for name in shown)]
         for values, rows in groups.items()

@@ -35,7 +35,7 @@ from rlhf.models import (
 )
 from rlhf.ppo.generation import CompiledGenerator, Generator, PlainGenerator
 from rlhf.ppo.generation.vllm import VLLMGenerator
-from rlhf.ppo.rewards import FunctionScore, ModelScore, ScoreSource
+from rlhf.ppo.rewards import FunctionScore, ModelScore, ScoreSource, source_names
 from rlhf.stage import StageContext
 
 COMPILE_FROM_STEPS = 200
@@ -256,25 +256,19 @@ def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator,
     """The recipe's reward sources in order. With a `graph_pool` their forwards become CUDA graphs."""
     shared = shared_rewards(ctx)
     sources: list[ScoreSource] = []
-    for number, source in enumerate(ctx.recipe.ppo.rewards):
+    names = source_names(ctx.recipe.ppo.rewards)
+    for number, (name, source) in enumerate(zip(names, ctx.recipe.ppo.rewards, strict=True)):
         if source.function is not None:
-            name = source.function.rpartition(":")[2]
             function, timeout = load_function(source.function), ctx.recipe.ppo.reward_timeout
-            sources.append(FunctionScore(_unique(name, sources), source.weight, function, timeout))
+            sources.append(FunctionScore(name, source.weight, function, timeout))
             continue
         artifact = ctx.inputs[source.artifact]
         statistics = artifact.manifest["reward_statistics"]
         forward = _shared_forward(model, f"reward{number}") if f"reward{number}" in shared else None
         if forward is None:
             forward = _frozen_forward(ctx, artifact, accelerator, graph_pool)
-        name = _unique(Path(source.artifact).name, sources)
         sources.append(ModelScore(name, source.weight, forward, statistics["mean"], statistics["std"]))
     return sources
-
-
-def _unique(name: str, sources: list[ScoreSource]) -> str:
-    taken = {source.name for source in sources}
-    return name if name not in taken else f"{name}_{len(sources)}"
 
 
 def _shared_forward(model: nn.Module, name: str) -> Any:

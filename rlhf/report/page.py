@@ -117,7 +117,7 @@ def _glance(run: Run) -> str:
             numbers.append((str(artifact.manifest["gate"]["verdict"]).upper(), f"gate of {name}{right}"))
     result = comparison_of(run)
     if result is not None:
-        first, last, judge = result["policies"][0], result["policies"][-1], evaluation.main_judge(result["scores"])
+        first, last, judge = result["policies"][0], result["policies"][-1], evaluation.headline_judge(result)
         metrics, names = result["metrics"], (display_name(result["policies"][-1]), display_name(result["policies"][0]))
         key = f"{last}_vs_{first}/win_rate_{judge}"
         if key in metrics:
@@ -175,7 +175,11 @@ def _evaluation(run: Run) -> str:
         parts.append(_picture(run, frontier_report.PICTURE_NAME, "reward against KL"))
         parts.append(folded("numbers", table(pd.DataFrame(steps, columns=columns), columns[1:])))
     else:
-        parts.append(_note("No curve of reward against KL: evaluate.best_of_n was off, or the run is older than it."))
+        parts.append(
+            _note(
+                "No curve of reward against KL: no policy of PPO and evaluate.best_of_n 1, or the run is older than it."
+            )
+        )
     return "".join(parts)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf.evaluation._panels import display_name
 from rlhf.evaluation.curves import Run
-from rlhf.evaluation.report import main_judge
+from rlhf.evaluation.report import headline_judge
 from rlhf.evaluation.runs import comparison_of
 from rlhf.reward.page import escaped
 
@@ -86,7 +86,7 @@ def evaluation_group(run: Run) -> Group | None:
     result, table = comparison_of(run), run.samples("evaluate")
     if result is None or table.empty:
         return None
-    judge = main_judge(result["scores"])
+    judge = headline_judge(result)
     rows = [row | {"score": row["scores"][judge]} for row in table.to_dict("records")]
     labels = {name: display_name(name) for name in result["policies"]}
     return _group("evaluation, held-out prompts", judge, rows, "policy", labels)

@@ -7,36 +7,69 @@ import shutil
 
 from tests.integration.conftest import run_stage
 
-# PPO is paid for words without the letter e; the score that it never sees counts the letter.
+# PPO is paid for words without the letter e and gets shorter and shorter. One score that it never sees counts the
+# letter: it only falls. The other likes six words: it rises on the way from nine to three, and then falls.
 PROXY = "ppo.rewards=[{function: 'tests.ppo_toys:share_of_e', weight: -10.0}]"
-GOLD = "evaluate.judges=[{name: gold, function: 'tests.ppo_toys:share_of_e'}]"
+GOLD = "{name: gold, function: 'tests.ppo_toys:share_of_e'}"
+FORM = "{name: form, function: 'tests.ppo_toys:near_six_words'}"
 SETTINGS = (
     PROXY,
-    GOLD,
     "ppo.critic_init=sft",
-    "ppo.keep_policies_every=4",
-    "evaluate.prompts=64",
-    "evaluate.frontier_prompts=64",
-    "evaluate.best_of_n=2",
+    "evaluate.prompts=96",
+    "evaluate.frontier_prompts=96",
     "evaluate.perplexity_rows=0",
+    "evaluate.score_all_rewards=false",  # the run's reward model would be one more score that PPO did not see
 )
 
 
-def test_an_over_optimised_policy_is_flagged_by_name(ci_run, tmp_path):
+def planted(ci_run, root, *settings):
+    """What the evaluate stage printed of a policy that was trained so, its manifest, and its folder."""
     for stage in ("pretrain", "sft", "reward"):
-        shutil.copytree(ci_run / stage, tmp_path / "ci" / stage)
-    run_stage("ppo", tmp_path, *SETTINGS)
-    done = run_stage("evaluate", tmp_path, *SETTINGS)
-    evaluate = tmp_path / "ci" / "evaluate"
-    manifest = json.loads((evaluate / "manifest.json").read_text(encoding="utf-8"))
+        shutil.copytree(ci_run / stage, root / "ci" / stage)
+    run_stage("ppo", root, *SETTINGS, *settings)
+    done = run_stage("evaluate", root, *SETTINGS, *settings)
+    folder = root / "ci" / "evaluate"
+    return done.stdout, json.loads((folder / "manifest.json").read_text(encoding="utf-8")), folder
+
+
+def test_an_over_optimised_policy_is_flagged_by_name(ci_run, tmp_path):
+    settings = (f"evaluate.judges=[{GOLD}, {FORM}]", "ppo.keep_policies_every=3", "evaluate.best_of_n=2")
+    stdout, manifest, evaluate = planted(ci_run, tmp_path, *settings)
     curve = manifest["comparison"]["frontier"]
-    gold = {point["step"]: point["scores"]["gold"]["value"] for point in curve["steps"]}
-    assert gold[12] < gold[4] - 0.01, "the policy has not walked: this test would show nothing"
-    assert manifest["gate"]["verdict"] == "fail"
-    (reason,) = [line for line in manifest["gate"]["reasons"] if "over_optimised" in line]
-    assert reason.startswith("FAIL over_optimised: gold of step 4 is ") and "published step 12" in reason
-    for text in (done.stdout, (evaluate / "report.md").read_text(encoding="utf-8")):
-        assert "Gate of the policy: FAIL." in text and reason in text
+    rows = [curve["best_of_n"][0], *curve["steps"]]
+    gold, form = ([row["scores"][name]["value"] for row in rows] for name in ("gold", "form"))
+    assert gold[4] < gold[1] - 0.01 and form[2] > max(form[0] + 1, form[4] + 0.4), "it has not walked: nothing to show"
+    assert manifest["gate"]["verdict"] == "fail" and manifest["gate"]["not_measured"] == {}
+    reasons = manifest["gate"]["reasons"]
+    found = [line.partition(" is ")[0] for line in reasons]
+    # Against the SFT model, form has gained; against step 6 of the steps 3, 6, 9 and 12 it has lost.
+    assert "FAIL over_optimised: form of step 6" in found and curve["gained"] == ["form"]
+    assert curve["best_steps"]["form"] == 6 and curve["best_steps"]["gold"] == 0
+    assert "FAIL over_optimised: gold of step 3" in found and "FAIL worse_than_sft: gold of the SFT model" in found
+    assert not [line for line in found if "worse_than_sft: form" in line]
+    (beaten,) = [line for line in reasons if "beaten_by_best_of_n: gold" in line]
+    assert "train longer" not in beaten
+    assert all("published step 12" in line for line in reasons)
+    for text in (stdout, (evaluate / "report.md").read_text(encoding="utf-8")):
+        assert "Gate of the policy: FAIL." in text and all(reason in text for reason in reasons)
     run_stage("report", tmp_path)
     page = (tmp_path / "ci" / "report.html").read_text(encoding="utf-8")
-    assert "gate of PPO&#x27;s policy: over_optimised" in page and "over_optimised: gold of step 4 is" in page
+    assert "gate of PPO&#x27;s policy: worse_than_sft, over_optimised" in page
+    assert "over_optimised: form of step 6 is" in page
+
+
+def test_a_policy_worse_than_the_sft_model_is_flagged_without_kept_steps_and_best_of_n(ci_run, tmp_path):
+    settings = (f"evaluate.judges=[{GOLD}]", "ppo.keep_policies_every=null", "evaluate.best_of_n=1")
+    stdout, manifest, evaluate = planted(ci_run, tmp_path, *settings)
+    gate = manifest["gate"]
+    assert gate["verdict"] == "fail"
+    (reason,) = gate["reasons"]
+    assert reason.startswith("FAIL worse_than_sft: gold of the SFT model is 0.0") and "train longer" not in reason
+    # What was compared with nothing has not passed.
+    assert gate["not_measured"] == {
+        "over_optimised": "set ppo.keep_policies_every",
+        "beaten_by_best_of_n": "set evaluate.best_of_n",
+    }
+    for text in (stdout, (evaluate / "report.md").read_text(encoding="utf-8")):
+        assert "over_optimised was not measured: set ppo.keep_policies_every." in text
+        assert "PASS" not in text

@@ -79,6 +79,40 @@ def test_what_is_no_verdict_counts_as_a_tie(server):
     server.reply = lambda first, second: says("Both are about films" if first == "a" else "**B**")
     verdicts = judge_pairs(section(server), ["p"], ["a"], ["c"])
     assert verdicts.wins == [0.75] and verdicts.unread == 0.5  # B is the policy's place in the second order
+    assert verdicts.agreement is None  # no pair has two verdicts that could agree
+
+
+def test_agreement_is_that_of_the_pairs_with_two_verdicts(server):
+    def reply(first, second):
+        return says("no idea" if "dull" in (first, second) else "A" if len(first) > len(second) else "B")
+
+    server.reply = reply
+    verdicts = judge_pairs(section(server), ["p", "q", "r"], ["long one", "x", "dull"], ["short", "longer", "c"])
+    assert verdicts.wins == [1.0, 0.0, 0.5]
+    assert (verdicts.agreement, verdicts.unread) == (1.0, 2 / 6)
+    server.reply = lambda first, second: says("no idea" if "dull" in (first, second) else "A")
+    verdicts = judge_pairs(section(server), ["p", "q", "r"], ["long one", "x", "dull"], ["short", "longer", "c"])
+    assert verdicts.agreement == 0.0  # the pair without a verdict agrees with nothing
+
+
+def test_a_model_that_thinks_is_read_behind_its_thoughts(server):
+    def reply(first, second):
+        said, other = ("B", "A") if len(second) > len(first) else ("A", "B")
+        return says(f"<think>\nThe better answer is {other}? No.\n</think>\n\nThe better answer is {said}.")
+
+    server.reply = reply
+    verdicts = judge_pairs(section(server), ["p", "q"], ["long one", "x"], ["short", "longer"])
+    assert (verdicts.wins, verdicts.agreement, verdicts.unread) == ([1.0, 0.0], 1.0, 0.0)
+
+
+def test_thoughts_that_are_cut_off_are_no_evaluation(server):
+    server.reply = lambda first, second: says("<think>\nOkay, the user wants me to")
+    seen = (
+        r"4 of 4 replies of judge-1 say neither A, B nor tie \(the first: '<think> Okay.*raise .*max_tokens \(now 8\)"
+    )
+    with pytest.raises(UserError, match=seen) as error:
+        judge_pairs(section(server), ["p", "q"], ["a", "b"], ["c", "d"])
+    assert "\n" not in str(error.value)
 
 
 def test_overload_is_tried_again(server):
@@ -141,6 +175,9 @@ def test_its_win_rate_is_in_the_report(server, tmp_path):
     metrics = artifact.manifest["metrics"]
     assert metrics["sft_best_of_2_vs_sft/win_rate_llm"] == 0.5
     assert metrics["sft_best_of_2_vs_sft/order_agreement_llm"] == 0.0
-    assert "win rate over SFT by llm" in (artifact.path / "report.md").read_text(encoding="utf-8")
+    assert metrics["sft_best_of_2_vs_sft/unread_llm"] == 0.0
+    text = (artifact.path / "report.md").read_text(encoding="utf-8")
+    assert "win rate over SFT by llm" in text
+    assert "| same verdict in both orders, llm " in text and "| replies without a verdict, llm " in text
     assert len(server.seen) == 6
     assert not [path for path in artifact.path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]

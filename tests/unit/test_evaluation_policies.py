@@ -2,20 +2,24 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
 from rlhf.evaluation.policies import Scores, load_judge, sampling_settings
 from rlhf.evaluation.stage import STAGE
+from rlhf.models import load_model
 from rlhf.recipe import EvaluateSection, JudgeSource, PolicySource, Recipe
 from rlhf.stage import run_stage
 from tests.builders import build_model, build_reward_artifact, build_sft_artifact, build_tokenizer, toy_recipe
-from tests.ppo_toys import lively
+from tests.ppo_toys import build_artifacts, lively, rows_of, toy_context, trainer_of
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +78,46 @@ def test_sampling_settings_come_from_the_recipe_and_are_recorded(root):
     plain = evaluated(root, **base).manifest["comparison"]
     assert plain["sampling"] == {
         "temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.0, "response_length": 8, "stop_strings": [],
-        "seed": 0,
+        "seed": 0, "kl_as_sampled": False,
     }  # fmt: skip
     knobs = {"temperature": 0.2, "top_p": 0.5, "repetition_penalty": 1.5}
     other = evaluated(root, **base, **knobs).manifest["comparison"]
     assert {key: other["sampling"][key] for key in knobs} == knobs
     assert other["metrics"]["sft/reward_mean"] != plain["metrics"]["sft/reward_mean"]
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"top_p": 0.5}, {"repetition_penalty": 1.5}, {"top_p": 0.6, "repetition_penalty": 2}]
+)
+@torch.no_grad()
+def test_kl_is_that_of_the_policy_as_it_was_sampled(root, knobs):
+    """With the knobs for the policy, without them for the reference; worked out token by token from the logits."""
+    policies = [{"artifact": "sft"}, {"artifact": "sft", "best_of": 2}]
+    artifact = evaluated(root, policies=policies, **knobs)
+    model, known = load_model(root / "toy" / "sft" / "model"), {"top_p": 1.0, "repetition_penalty": 1.0} | knobs
+    rows = rows_of(artifact.path / "samples.jsonl")
+    for row in rows:
+        logits = model(torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits[0, len(row["prompt_ids"]) - 1 :]
+        kl = 0.0
+        for place, token in enumerate(row["response_ids"]):
+            seen, own = row["response_ids"][:place], logits[place].clone()
+            for other in set(seen):
+                own[other] = own[other] / known["repetition_penalty"] if own[other] > 0 else (
+                    own[other] * known["repetition_penalty"])  # fmt: skip
+            probs = (own / 0.7).softmax(-1)
+            likelier = probs[probs > probs[token]].sum()
+            assert likelier < known["top_p"]
+            order = probs.sort(descending=True).values
+            nucleus = order[order.cumsum(0) - order < known["top_p"]].sum()
+            kl += float((probs[token] / nucleus).log() - (logits[place] / 0.7).log_softmax(-1)[token])
+        bound = math.log(2) - 0.5 if row["policy"] == "sft_best_of_2" else 0.0
+        assert row["kl"] == pytest.approx(kl + bound, abs=2e-3)
+    paid = [row["kl"] for row in rows if row["policy"] == "sft"]
+    assert any(paid) and artifact.manifest["metrics"]["sft/kl_mean"] == pytest.approx(np.mean(paid), abs=1e-4)
+    assert min(paid) >= 0 or "repetition_penalty" in knobs  # a nucleus has no more than all of the probability
+    assert artifact.manifest["comparison"]["frontier"]["best_of_n"][0]["kl"] != 0
+    text = (artifact.path / "report.md").read_text(encoding="utf-8")
+    assert "KL is that of the policies with these knobs to the SFT model without them" in text
 
 
 def test_sections_own_value_wins_over_ppos(tmp_path):
@@ -136,7 +174,11 @@ def test_a_policy_that_is_not_there_is_one_line(root, policy, seen):
 def test_a_judge_may_be_a_reward_model_but_not_any_artifact(root):
     policies = [{"artifact": "sft"}, {"artifact": "sft", "best_of": 2}]
     judges = [{"name": "held_back", "artifact": str(root / "toy" / "reward")}]
-    metrics = evaluated(root, policies=policies, judges=judges).manifest["metrics"]
+    judges += [{"name": "judge", "function": "tests.ppo_toys:share_of_e"}]
+    artifact = evaluated(root, policies=policies, judges=judges)
+    metrics = artifact.manifest["metrics"]
+    assert artifact.manifest["comparison"]["headline"] == "held_back"  # the first, whatever the others are called
+    assert "by `held_back`" in (artifact.path / "report.md").read_text(encoding="utf-8")
     assert metrics["sft_best_of_2/held_back_mean"] == metrics["sft_best_of_2/reward_mean"]
     with pytest.raises(UserError, match="artifact sft is no reward model"):
         evaluated(root, policies=policies, judges=[{"artifact": "sft"}])
@@ -152,7 +194,21 @@ def test_what_ppo_maximised_is_made_of_its_sources_as_in_ppo(tmp_path):
     scores = Scores(SimpleNamespace(recipe=recipe, inputs={}), {}, pad_id=0)
     assert scores.maximised == "combined"
     # Mean minus twice the std; of two that is half their distance.
-    assert scores.trained({first: [1.0, 2.0], second: [3.0, 2.0]}) == [0.0, 2.0]
+    assert scores.trained({"share_of_e": [1.0, 2.0], "length_in_words": [3.0, 2.0]}) == [0.0, 2.0]
+
+
+def test_sources_of_one_name_stay_two_with_the_names_of_ppo(tmp_path):
+    build_artifacts(tmp_path, lora=False)
+    shutil.copytree(tmp_path / "toy" / "reward", tmp_path / "other" / "reward")
+    rule = {"function": "tests.ppo_toys:share_of_e"}
+    rewards = [{"artifact": "reward"}, {"artifact": str(tmp_path / "other" / "reward"), "weight": 0.0}]
+    ctx = toy_context(tmp_path, ppo={"rewards": [*rewards, rule, rule | {"weight": -10.0}]})
+    trainer = trainer_of(ctx)
+    scores = Scores(ctx, {}, pad_id=0)
+    assert [source.name for source in trainer.rewards] == list(scores.sources)
+    assert list(scores.weights.items()) == [("reward", 1), ("reward_1", 0), ("share_of_e", 1), ("share_of_e_3", -10)]
+    assert scores.trained({"reward": [3.0], "share_of_e": [0.5], "share_of_e_3": [0.5]}) == [-1.5]
+    assert scores.unseen == ["reward_1"]
 
 
 def test_a_judge_fitted_on_pairs_prefers_what_they_prefer(root, tmp_path):
@@ -168,3 +224,65 @@ def test_a_judge_fitted_on_pairs_prefers_what_they_prefer(root, tmp_path):
     judge = load_judge(SimpleNamespace(rows=lambda *_: rows), JudgeSource(**judges[0]))
     good, bad, empty = judge(["", "", ""], ["what a quiet joy", "a loud mess", ""])
     assert good > 0 > bad and empty == 0
+
+
+TWO = [{"artifact": "sft"}, {"artifact": "sft", "best_of": 2}]
+
+
+@pytest.fixture
+def run_with_rewards(tmp_path) -> Path:
+    """`reward`, which PPO maximises, and what else may lie in a run: `reward_b` is a model of its own."""
+    tokenizer = build_tokenizer()
+    sft = build_sft_artifact(tmp_path, tokenizer=tokenizer, model=lively(build_model(tokenizer)))
+    build_reward_artifact(tmp_path, mean=0.1, std=0.5)
+    run = tmp_path / "toy"
+    place = build_reward_artifact(tmp_path, "b", sft=sft, mean=0.3, std=2.0).path
+    for name in ("reward_b", "reward_x.old", "reward_y.linking"):
+        shutil.copytree(place, run / name)
+    shutil.copytree(run / "reward", run / "reward_copy")  # the same weights: nothing new
+    other = build_tokenizer(texts=("quite another film of other words",), vocab_size=270)
+    alien = build_sft_artifact(tmp_path, "alien", tokenizer=other)
+    shutil.copytree(build_reward_artifact(tmp_path, "alien", sft=alien, tokenizer=other).path, run / "reward_alien")
+    (run / "reward_broken").mkdir()
+    (run / "reward_broken" / "manifest.json").write_text("{", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_reward_model_that_nothing_names_is_a_judge_that_ppo_never_saw(run_with_rewards, caplog):
+    artifact = evaluated(run_with_rewards, policies=TWO)
+    manifest = artifact.manifest
+    assert manifest["comparison"]["scores"] == ["reward", "reward_b"]
+    assert manifest["comparison"]["frontier"]["unseen"] == ["reward_b"]
+    # (score - 0.3) / 2 where reward has (score - 0.1) / 0.5, of the same weights.
+    first, second = (manifest["metrics"][f"sft/{name}_mean"] for name in ("reward", "reward_b"))
+    assert second == pytest.approx((0.5 * first + 0.1 - 0.3) / 2)
+    # Lineage and fingerprint know it, so evaluate is stale when it changes.
+    digest = Artifact.load(run_with_rewards / "toy" / "reward_b").hash
+    assert manifest["inputs"]["reward_b"] == manifest["fingerprint"]["inputs"]["reward_b"] == digest
+    assert set(manifest["inputs"]) == {"sft", "reward", "reward_b"}
+    assert "no score by reward_broken" in caplog.text
+
+
+def test_one_that_is_named_or_not_wanted_is_scored_once_or_not_at_all(run_with_rewards):
+    judges = [{"name": "held_back", "artifact": str(run_with_rewards / "toy" / "reward_b")}]
+    assert evaluated(run_with_rewards, policies=TWO, judges=judges).manifest["comparison"]["scores"] == [
+        "reward", "held_back"
+    ]  # fmt: skip
+    alone = evaluated(run_with_rewards, policies=TWO, score_all_rewards=False).manifest
+    assert alone["comparison"]["scores"] == ["reward"] and set(alone["inputs"]) == {"sft", "reward"}
+    named = [{"name": "reward_b", "function": "tests.ppo_toys:share_of_e"}]
+    scores = evaluated(run_with_rewards, policies=TWO, judges=named).manifest["comparison"]["scores"]
+    assert scores == ["reward", "reward_b", "reward_b_2"]
+
+
+def test_a_new_reward_model_makes_a_finished_evaluation_anew(run_with_rewards):
+    run, recipe = run_with_rewards / "toy", toy_recipe(run_with_rewards, evaluate={"policies": TWO})
+    (run / "reward_b").rename(run_with_rewards / "away")
+    results = []
+    for _ in range(2):
+        results.append(run_stage(STAGE, Recipe.model_validate(recipe), run_with_rewards, "toy"))
+    (run_with_rewards / "away").rename(run / "reward_b")
+    results.append(run_stage(STAGE, Recipe.model_validate(recipe), run_with_rewards, "toy"))
+    finished = [result.manifest["finished"] + str(result.manifest["wall_seconds"]) for result in results]
+    assert finished[0] == finished[1] != finished[2]
+    assert results[2].manifest["comparison"]["scores"] == ["reward", "reward_b"]

@@ -1,12 +1,14 @@
 """Intervals against numbers from textbooks, exact enumeration, and simulated coverage."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from rlhf.errors import UserError
-from rlhf.evaluation.statistics import bootstrap_interval, wilson_interval, win_rate
+from rlhf.evaluation.statistics import bootstrap_interval, t_interval, wilson_interval, win_rate
 
 
 def test_wilson_interval_typed_values():
@@ -99,3 +101,28 @@ def test_bad_input_is_one_line(call, seen):
     with pytest.raises(UserError, match=seen) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_t_interval_is_students():
+    values = [0.5, -1.0, 2.0, 0.25, 1.5]
+    for confidence in (0.95, 0.9999):
+        expected = ttest_1samp(values, 0.0).confidence_interval(confidence)
+        found = t_interval(values, confidence=confidence)
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+        assert (found.value, found.n) == (pytest.approx(0.65), 5)
+
+
+def test_t_interval_counts_clusters():
+    once = t_interval([0.5, -1.0, 2.0], confidence=0.9)
+    thrice = t_interval([0.5, -1.0, 2.0] * 3, clusters=["a", "b", "c"] * 3, confidence=0.9)
+    assert (thrice.low, thrice.high, thrice.n) == (pytest.approx(once.low), pytest.approx(once.high), 3)
+    # Unequal sizes: residuals of the sums (0 - 1 and 4 - 3) by the mean size 2; the quartiles of t(1) are -1 and 1.
+    unequal = t_interval([0.0, 2.0, 1.0, 1.0], clusters=["a", "b", "b", "b"], confidence=0.5)
+    assert (unequal.value, unequal.low, unequal.high) == (1.0, pytest.approx(0.5), pytest.approx(1.5))
+
+
+def test_t_interval_of_one_cluster_is_sure_of_nothing():
+    found = t_interval([1.0, 1.0], clusters=["a", "a"])
+    assert (found.value, found.low, found.high, found.n) == (1.0, -math.inf, math.inf, 1)
+    with pytest.raises(UserError, match="confidence"):
+        t_interval([1.0, 2.0], confidence=1.0)

@@ -241,6 +241,26 @@ def test_two_runs_differ_in_what_was_changed(tmp_path):
     assert "Against two" in shown and "0.25" in shown
 
 
+def test_the_headline_is_by_the_first_judge_of_the_recipe_everywhere(tmp_path):
+    folder = build_run(tmp_path)
+    manifest = json.loads((folder / "evaluate" / "manifest.json").read_text(encoding="utf-8"))
+    result = manifest["comparison"]
+    key = "ppo_vs_sft/win_rate_held_back"
+    result["metrics"] |= {key: 0.9, f"{key}_low": 0.85, f"{key}_high": 0.95}
+    result |= {"scores": ["held_back", "judge"], "headline": "held_back"}  # `judge` has 0.5
+    (folder / "evaluate" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    rows = [json.loads(line) for line in (folder / "evaluate" / "samples.jsonl").read_text("utf-8").splitlines()]
+    rows = [row | {"scores": row["scores"] | {"held_back": 7.25}} for row in rows]
+    write_jsonl(folder / "evaluate" / "samples.jsonl", rows)
+    run = load_run(folder)
+    assert "PPO beats SFT by held_back (85.0 % to 95.0 %)" in Elements(page(run)).text
+    evaluation = samples.groups(run)[1]
+    assert evaluation.score == "held_back" and evaluation.pairs[0][1][0].row["score"] == 7.25
+    found = headlines([run]).set_index("measure")["toy"]
+    assert found["evaluate: win rate over sft by held_back"] == "0.900 [0.850, 0.950]"
+    assert "evaluate: win rate over sft by judge" not in found
+
+
 def test_runs_of_one_name_cannot_be_told_apart(tmp_path):
     runs = [load_run(build_run(tmp_path / place)) for place in "ab"]
     with pytest.raises(UserError, match="two have one name"):

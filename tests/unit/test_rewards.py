@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.ppo.rewards import FunctionScore, ModelScore, RunningMoments, aggregate, shape_scores
+from rlhf.ppo.rewards import FunctionScore, ModelScore, RunningMoments, aggregate, shape_scores, source_names
+from rlhf.recipe import RewardSource
 from tests.tolerances import assert_close
 from tests.unit.test_rollout import rank, rollout_of
 
@@ -26,6 +27,19 @@ FINISHED = torch.tensor([True, False, True])
 def test_weighted_aggregation(how, expected):
     first, second = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([2.0, -6.0, -12.0])
     assert_close(aggregate([first, second], [2.0, -0.5], how, 2.0), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["reward", "../other/reward", "a.b:rule", "c:rule"], ["reward", "reward_1", "rule", "rule_3"]),
+        (["reward_2", "x/reward", "y/reward", "reward"], ["reward_2", "reward", "reward_3", "reward_4"]),
+        (["r", "a/r_2", "b/r"], ["r", "r_2", "r_3"]),  # the number of those before it is a name already
+    ],
+)
+def test_every_source_has_its_own_name(given, names):
+    kind = {True: "function", False: "artifact"}
+    assert source_names([RewardSource(**{kind[":" in text]: text}) for text in given]) == names
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,27 @@ def test_the_table_is_the_mean_over_seeds(tmp_path):
         table(tmp_path, "tiny", over, "ppo")
 
 
+@pytest.mark.parametrize("key", ["ppo.seed", "evaluate.seed"])
+def test_the_seed_of_one_stage_is_a_seed(tmp_path, key):
+    over = points(["ppo.kl_coef=0.1", f"{key}=0,1,2"])
+    for point, reward in zip(over, [1.0, 2.0, 3.0], strict=True):
+        finished(tmp_path, run_name("tiny", point), "evaluate", {"ppo/reward_mean": reward})
+    rows = table(tmp_path, "tiny", over, "evaluate")
+    assert rows == [["ppo.kl_coef", "runs", "ppo/reward_mean"], ["0.1", "3", "2 ± 1"]]
+
+
+def test_the_head_of_a_table_names_its_seeds(tmp_path, capsys):
+    for stage in ("sft", "reward"):
+        finished(tmp_path, "ci", stage, {})
+    for over, head in (("ppo.seed=0,1", "deviation over ppo.seed:\n"), ("ppo.kl_coef=0.1,0.2", "\n| ppo.kl_coef")):
+        for point in points([over]):
+            finished(tmp_path, run_name("ci", point), "evaluate", {"ppo/eos_rate": 1.0})
+        command = ["--recipe", "ci", "--artifacts", str(tmp_path), "--over", over, "--table-only"]
+        assert sweep.main(command) == 0
+        shown = capsys.readouterr().out
+        assert head in shown and "over seed" not in shown
+
+
 def test_stages_that_are_not_run_are_those_of_the_base_run(tmp_path):
     finished(tmp_path, "tiny", "sft", {})
     finished(tmp_path, "tiny", "ppo", {})
