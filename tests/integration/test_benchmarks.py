@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cpu, reward_vs_trl
+from benchmarks import ablations, cpu, reward_vs_trl
 from benchmarks.our_side import timed_step
 from benchmarks.ppo_vs_trl import WORKLOADS, summary, table
-from benchmarks.start import random_context, side_specs
+from benchmarks.start import random_context, side_specs, with_measured
 from benchmarks.trl_learning import at_equal_kl, at_kl, report, seconds_to_reach
 from rlhf.models import load_tokenizer
 from rlhf.ppo.stage import build_trainer
@@ -130,3 +130,12 @@ def test_what_the_cpu_benchmark_cannot_run_is_said_and_left_out(tmp_path: Path) 
 def test_a_measured_command_gives_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu.sys, "executable", "echo")
     assert cpu.measure(["reward_vs_trl", "shrunk"], 1) == "-m benchmarks.reward_vs_trl shrunk"
+
+
+def test_the_table_of_single_settings_is_of_the_figures_that_are_kept() -> None:
+    rows = {"a": [dict.fromkeys(ablations.COLUMNS.values(), value) for value in (1.0, 2.0, 3.0)]}
+    assert ablations.table(rows).splitlines()[-1] == "| a | 3 |" + " 2.000 ± 1.000 |" * len(ablations.COLUMNS)
+    kept = json.loads(ablations.RESULTS.read_text(encoding="utf-8"))["settings"]
+    assert set(kept) <= set(ablations.SETTINGS)
+    page = ablations.PAGE.read_text(encoding="utf-8")
+    assert page == with_measured(page, ablations.table(kept)), "run `python -m benchmarks.ablations --table`"
