@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from rlhf import models
-from rlhf.artifacts import Artifact, check_name
+from rlhf.artifacts import Artifact, check_name, payload_hash
 from rlhf.data import load_data_recipe
 from rlhf.data.recipe import PackageSource
 from rlhf.data.sources import source_files
