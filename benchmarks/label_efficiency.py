@@ -25,6 +25,7 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import t as student
 from torch.nn import ModuleList
 
+from benchmarks.start import with_measured
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.data.cleaning.semantic import load_embedder
 from rlhf.data.recipe import SplitSpec
@@ -389,9 +390,7 @@ def _percent(values: list[float]) -> str:
 
 def with_tables(page: str, report: dict[str, Any]) -> str:
     """The page with fresh tables between its two marks."""
-    begin, end = "<!-- measured: begin -->", "<!-- measured: end -->"
-    head, rest = page.split(begin)
-    return f"{head}{begin}\n{tables(report)}\n{end}{rest.split(end)[1]}"
+    return with_measured(page, tables(report))
 
 
 def measure(args: argparse.Namespace, name: str, entries: dict[str, Any]) -> None:
