@@ -1,8 +1,6 @@
 """Run the evaluate stage: `python -m pipelines.evaluate --recipe tiny [section.key=value ...]`."""
 
-import sys
-
-from pipelines.cli import main
+from pipelines.cli import leave, main
 from rlhf.artifacts import Artifact
 from rlhf.evaluation.frontier_report import sentences
 from rlhf.evaluation.report import comparison_table, display_name
@@ -21,4 +19,4 @@ def show(artifact: Artifact) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main("evaluate", "rlhf.evaluation.stage", show=show))
+    leave(main("evaluate", "rlhf.evaluation.stage", show=show))

@@ -1,8 +1,6 @@
 """Run the ppo stage: `python -m pipelines.ppo --recipe tiny [section.key=value ...]`."""
 
-import sys
-
-from pipelines.cli import main
+from pipelines.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main("ppo", "rlhf.ppo.stage"))
+    leave(main("ppo", "rlhf.ppo.stage"))

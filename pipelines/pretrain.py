@@ -1,8 +1,6 @@
 """Run the pretrain stage: `python -m pipelines.pretrain --recipe tiny [section.key=value ...]`."""
 
-import sys
-
-from pipelines.cli import main
+from pipelines.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main("pretrain", "rlhf.pretrain"))
+    leave(main("pretrain", "rlhf.pretrain"))

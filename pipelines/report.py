@@ -3,10 +3,9 @@
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
-from pipelines.cli import check_folder, main
+from pipelines.cli import check_folder, leave, main
 from rlhf.artifacts import MANIFEST, Artifact, check_name
 from rlhf.errors import UserError
 
@@ -59,4 +58,4 @@ def run_folder(parent: Path, name: str, option: str, artifacts: Path | None = No
 
 
 if __name__ == "__main__":
-    sys.exit(main("report", "rlhf.reward.train", act=report))
+    leave(main("report", "rlhf.reward.train", act=report))

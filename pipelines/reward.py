@@ -1,8 +1,6 @@
 """Run the reward stage: `python -m pipelines.reward --recipe tiny [section.key=value ...]`."""
 
-import sys
-
-from pipelines.cli import main
+from pipelines.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main("reward", "rlhf.reward.train"))
+    leave(main("reward", "rlhf.reward.train"))

@@ -1,8 +1,6 @@
 """Run the sft stage: `python -m pipelines.sft --recipe tiny [section.key=value ...]`."""
 
-import sys
-
-from pipelines.cli import main
+from pipelines.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main("sft", "rlhf.sft"))
+    leave(main("sft", "rlhf.sft"))

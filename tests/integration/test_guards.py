@@ -271,6 +271,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from pipelines.cli import leave, leave_group
 from rlhf.errors import UserError
 from rlhf.ppo import stage as ppo_stage
 from rlhf.ppo.rewards import FunctionScore
@@ -310,7 +311,8 @@ if state.is_main_process:
     print("skipped", metrics["policy/bad_updates"], "equal", same[0] == same[1])
     print("finite", all(v == v for v in same[0].values()))
     print("said", said[0] == said[1], said[0])
-state.destroy_process_group()
+leave_group()
+leave(0)
 """
 
 

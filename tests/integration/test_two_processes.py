@@ -149,6 +149,7 @@ def main() -> None:
     """What each process of `launch` runs."""
     import accelerate
 
+    from pipelines.cli import leave, leave_group
     from rlhf.recipe import load_recipe
 
     torch.set_num_threads(1)
@@ -158,7 +159,8 @@ def main() -> None:
             run_stage(ppo_stage.STAGE, load_recipe(str(root / "toy.yaml")), root, "toy")
     state = accelerate.PartialState()
     print(json.dumps({"rank": state.process_index, "processes": state.num_processes}), flush=True)
-    state.destroy_process_group()  # as pipelines.cli does at the end
+    leave_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -12,6 +15,7 @@ from rlhf import interrupt
 from rlhf.errors import UserError
 from rlhf.interrupt import Interrupted, finish_step_first, handled, requested
 
+ROOT = Path(__file__).parents[2]
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
@@ -114,3 +118,24 @@ def test_the_entry_point_ends_the_process_group(monkeypatch, said):
     monkeypatch.setattr(cli, "_run", run)
     assert cli.main("ppo", "rlhf.ppo.stage", []) == (cli.BAD_INPUT if said else 0)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("processes", "said"), [("1", "flushed closed ended "), ("2", "flushed closed ")])
+def test_one_of_several_processes_leaves_before_the_interpreter_s_own_end(processes, said):
+    script = """
+import atexit
+import sys
+from pipelines.cli import leave
+
+class Last:
+    def __del__(self):
+        sys.stdout.write("ended ")
+
+kept = Last()
+atexit.register(lambda: sys.stdout.write("closed "))
+sys.stdout.write("flushed ")
+leave(3)
+"""
+    environment = os.environ | {"WORLD_SIZE": processes, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, said, "")
