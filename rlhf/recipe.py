@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -228,6 +229,26 @@ class RewardSource(Section):
         if self.function is not None and ":" not in self.function:
             raise ValueError(f"function {self.function!r} is not of the form package.module:callable")
         return self
+
+
+def source_names(sources: Sequence[RewardSource]) -> list[str]:
+    """A name of its own for each of `ppo.rewards`, the same in PPO's metrics and in the evaluation.
+
+    It is the folder of the artifact or the name of the function; a second one of that name gets its number behind it.
+    """
+    names: list[str] = []
+    for source in sources:
+        plain = Path(source.artifact).name if source.artifact else str(source.function).rpartition(":")[2]
+        names.append(unique(plain, names))
+    return names
+
+
+def unique(name: str, taken: Collection[str]) -> str:
+    """`name`, or the first of `name_1`, `name_2`, ... from the number of those taken on, that none of them is."""
+    number, found = len(taken), name
+    while found in taken:
+        found, number = f"{name}_{number}", number + 1
+    return found
 
 
 class AlertsSection(Section):
@@ -588,6 +609,13 @@ class Recipe(Section):
             raise ValueError("give exactly one of model.base and pretrain.architecture")
         if self.evaluate is not None and self.ppo is None:
             raise ValueError("`evaluate` samples and scores as `ppo` does: add a `ppo` section or remove `evaluate`")
+        if self.evaluate is not None and self.ppo is not None:
+            sources = source_names(self.ppo.rewards)
+            for judge in (*self.evaluate.judges, self.evaluate.llm_judge):
+                if judge is not None and judge.name in sources:
+                    raise ValueError(
+                        f"evaluate: a judge is named {judge.name}, as a source of ppo.rewards is: give it another name"
+                    )
         return self
 
     def stage_seed(self, stage: str) -> int:

@@ -90,6 +90,15 @@ def judge_pairs(
     return _verdicts(section, replies)
 
 
+def check_reachable(section: LlmJudgeSection) -> None:
+    """Ask the judge one small question: a wrong URL, model or key is said before minutes of sampling, not after.
+
+    Raises:
+        UserError: as `judge_pairs`, but for what the reply says.
+    """
+    _ask(section, read_key(section), _question(section, "What is 2 + 2?", "4", "5"))
+
+
 def _verdicts(section: LlmJudgeSection, replies: Sequence[str]) -> Verdicts:
     """From the replies to N pairs, and to the same with the answers swapped."""
     found = [read_verdict(reply) for reply in replies]

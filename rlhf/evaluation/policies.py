@@ -21,8 +21,8 @@ from rlhf.evaluation.frontier import best_of_n_kl
 from rlhf.evaluation.judges import SentimentJudge, vader_judge
 from rlhf.functions import TextFunction, call_text_function, load_function
 from rlhf.models import compute_dtype, load_model, load_tokenizer, tokenizer_identity
-from rlhf.ppo.rewards import aggregate, source_names, unique
-from rlhf.recipe import JudgeSource, PolicySource, Recipe
+from rlhf.ppo.rewards import aggregate
+from rlhf.recipe import JudgeSource, PolicySource, Recipe, source_names, unique
 from rlhf.reward.baselines import TfidfScorer, fit_tfidf
 from rlhf.sampling import Samples, perplexity, response_logprob_sums, sample_responses, score_sequences
 from rlhf.stage import StageContext
@@ -213,8 +213,6 @@ class Scores:
             )
             self.weights[name] = source.weight
         for judge in ctx.recipe.evaluate.judges:
-            if judge.name in self.sources:
-                raise UserError(f"evaluate.judges: {judge.name!r} is a source of ppo.rewards too: give it another name")
             of_model = judge.artifact is not None
             self.sources[judge.name] = (
                 self._model(ctx.inputs[judge.artifact]) if of_model else self._texts(load_judge(ctx, judge))

@@ -18,7 +18,7 @@ from rlhf.data import Renderer, check_split
 from rlhf.errors import UserError
 from rlhf.evaluation import frontier
 from rlhf.evaluation.compare import PolicySamples, compare, with_limits
-from rlhf.evaluation.llm_judge import judge_pairs, read_key
+from rlhf.evaluation.llm_judge import check_reachable, judge_pairs, read_key
 from rlhf.evaluation.policies import (
     Sampler,
     Scores,
@@ -76,6 +76,8 @@ def build(ctx: StageContext) -> dict[str, Any]:
     if not PartialState().is_main_process:
         return {}
     section = ctx.recipe.evaluate
+    if section.llm_judge is not None:
+        check_reachable(section.llm_judge)
     set_seed(ctx.seed)
     tokenizer = load_tokenizer(ctx.inputs["sft"].model_dir)
     renderer = Renderer(tokenizer, ctx.recipe.model.chat)

@@ -35,7 +35,8 @@ from rlhf.models import (
 )
 from rlhf.ppo.generation import CompiledGenerator, Generator, PlainGenerator
 from rlhf.ppo.generation.vllm import VLLMGenerator
-from rlhf.ppo.rewards import FunctionScore, ModelScore, ScoreSource, source_names
+from rlhf.ppo.rewards import FunctionScore, ModelScore, ScoreSource
+from rlhf.recipe import source_names
 from rlhf.stage import StageContext
 
 COMPILE_FROM_STEPS = 200

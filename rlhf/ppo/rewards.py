@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,7 +15,6 @@ from rlhf.errors import UserError
 from rlhf.functions import TextFunction, call_text_function
 from rlhf.models import last_position
 from rlhf.ppo.rollout import Batch, Rollout, micro_batches, my_share
-from rlhf.recipe import RewardSource
 
 
 class ScoreSource(Protocol):
@@ -28,26 +26,6 @@ class ScoreSource(Protocol):
     def score(self, rollout: Rollout, max_tokens: int, accelerator: Accelerator) -> Tensor:
         """Scores [B] float32, the same on every rank."""
         ...
-
-
-def source_names(sources: Sequence[RewardSource]) -> list[str]:
-    """A name of its own for each of `ppo.rewards`, the same in PPO's metrics and in the evaluation.
-
-    It is the folder of the artifact or the name of the function; a second one of that name gets its number behind it.
-    """
-    names: list[str] = []
-    for source in sources:
-        plain = Path(source.artifact).name if source.artifact else str(source.function).rpartition(":")[2]
-        names.append(unique(plain, names))
-    return names
-
-
-def unique(name: str, taken: Collection[str]) -> str:
-    """`name`, or the first of `name_1`, `name_2`, ... from the number of those taken on, that none of them is."""
-    number, found = len(taken), name
-    while found in taken:
-        found, number = f"{name}_{number}", number + 1
-    return found
 
 
 class ModelScore:

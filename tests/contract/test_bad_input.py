@@ -245,6 +245,12 @@ CASES = [
         "evaluate",
         prepare=no_model,
     ),
+    Case(
+        "judge of a reward source's name",
+        ("a judge is named reward, as a source of ppo.rewards is", "another name"),
+        ("evaluate.judges=[{name: reward, vader: true}]",),
+        prepare=no_model,
+    ),
     Case("run in the place of the data sets", ("--run 'data'", "take another name"), ("--run", "data"), "sft"),
     Case("list for a recipe", ("toy.yaml", "['sft']", "write `key: value` lines"), recipe="- sft\n"),
     Case(

@@ -179,5 +179,18 @@ def test_its_win_rate_is_in_the_report(server, tmp_path):
     text = (artifact.path / "report.md").read_text(encoding="utf-8")
     assert "win rate over SFT by llm" in text
     assert "| same verdict in both orders, llm " in text and "| replies without a verdict, llm " in text
-    assert len(server.seen) == 6
+    assert len(server.seen) == 1 + 6  # the first asks whether anybody is there
     assert not [path for path in artifact.path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_a_judge_that_refuses_is_said_before_anything_is_sampled(server, tmp_path, monkeypatch):
+    tokenizer = build_tokenizer()
+    build_sft_artifact(tmp_path, tokenizer=tokenizer, model=lively(build_model(tokenizer)))
+    build_reward_artifact(tmp_path)
+    evaluate = {"policies": [{"artifact": "sft"}, {"artifact": "sft", "best_of": 2}]}
+    evaluate["llm_judge"] = {"url": server.url, "model": "judge-1", "retries": 0}
+    server.reply = lambda first, second: (404, {}, "no such model")
+    monkeypatch.setattr("rlhf.evaluation.stage.evaluate_policy", lambda *args: pytest.fail("sampled"))
+    recipe = Recipe.model_validate(toy_recipe(tmp_path, evaluate=evaluate))
+    with pytest.raises(UserError, match=r"answered 404 .*no such model.*check url and model"):
+        run_stage(STAGE, recipe, tmp_path, "toy")

@@ -182,8 +182,6 @@ def test_a_judge_may_be_a_reward_model_but_not_any_artifact(root):
     assert metrics["sft_best_of_2/held_back_mean"] == metrics["sft_best_of_2/reward_mean"]
     with pytest.raises(UserError, match="artifact sft is no reward model"):
         evaluated(root, policies=policies, judges=[{"artifact": "sft"}])
-    with pytest.raises(UserError, match=r"'reward' is a source of ppo\.rewards too"):
-        evaluated(root, policies=policies, judges=[{"name": "reward", "vader": True}])
 
 
 def test_what_ppo_maximised_is_made_of_its_sources_as_in_ppo(tmp_path):

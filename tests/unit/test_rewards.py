@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.ppo.rewards import FunctionScore, ModelScore, RunningMoments, aggregate, shape_scores, source_names
-from rlhf.recipe import RewardSource
+from rlhf.ppo.rewards import FunctionScore, ModelScore, RunningMoments, aggregate, shape_scores
+from rlhf.recipe import RewardSource, source_names
 from tests.tolerances import assert_close
 from tests.unit.test_rollout import rank, rollout_of
 
