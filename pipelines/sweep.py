@@ -89,8 +89,13 @@ def shared(base: Path, stages: Sequence[str]) -> list[str]:
 
 
 def share(base: Path, run: Path, stages: Sequence[str]) -> None:
-    """Give a run what `shared` names: the same files, no copies where links can be."""
-    for name in shared(base, stages):
+    """Give a run what `shared` names."""
+    link(base, run, shared(base, stages))
+
+
+def link(base: Path, run: Path, names: Sequence[str]) -> None:
+    """Give a run these artifacts of another: the same files, no copies where links can be."""
+    for name in names:
         if (run / name).exists():
             continue
         half = run / f"{name}.linking"

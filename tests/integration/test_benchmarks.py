@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ablations, cpu, reward_vs_trl
+from benchmarks import ablations, cpu, real_model, reward_vs_trl
 from benchmarks.our_side import timed_step
 from benchmarks.ppo_vs_trl import WORKLOADS, summary, table
 from benchmarks.start import random_context, side_specs, with_measured
@@ -165,3 +165,54 @@ def test_each_block_of_a_page_is_written_by_its_name() -> None:
 def test_a_block_that_is_not_there_once_is_an_error(page: str) -> None:
     with pytest.raises(UserError, match="no block 'measured b', or more than one"):
         with_measured(page, "3", "b")
+
+
+# ------------------------------------------------------------------------------------------------------ the real model
+def real_model_args(tmp_path: Path, *more: str) -> Namespace:
+    return real_model.parse(["ci", "--artifacts", str(tmp_path), *more])
+
+
+def test_the_real_model_passes_every_stage_and_once_more_with_lora(tmp_path: Path) -> None:
+    plan = list(real_model.steps(real_model_args(tmp_path, "--set", "reward.split=half_a")))
+    stages = ["pretrain", "sft", "reward", "reward_b", "ppo", "evaluate"]
+    assert [(step.run, step.name) for step in plan] == [
+        *(("ci", name) for name in stages),
+        *(("ci-lora", name) for name in ("reward", "ppo", "evaluate")),
+    ]
+    assert plan[3].command == ["reward", "--as", "reward_b", "reward.split=half_a", "reward.split=half_b"]  # last wins
+    assert "peft.r=16" in plan[-1].command and "peft.r=16" not in plan[-4].command
+    only = real_model.steps(real_model_args(tmp_path, "--only", "ci-lora", "sft"))
+    assert [step.name for step in only] == ["sft", "reward", "ppo", "evaluate"]
+
+
+def test_the_time_of_a_step_that_was_stopped_is_kept_and_nothing_is_run_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([12.0, None, 7.0])
+    monkeypatch.setattr(real_model, "call", lambda args, step, seconds: next(answers))
+    args = real_model_args(tmp_path, "--only", "pretrain", "sft")
+    assert not real_model.train(args)  # pretrain took 12 s, sft was stopped
+    spent = json.loads((tmp_path / "ci.seconds.json").read_text(encoding="utf-8"))
+    assert list(spent) == ["ci/pretrain", "ci/sft"]
+    (tmp_path / "ci" / "pretrain").mkdir(parents=True)
+    (tmp_path / "ci" / "pretrain" / "manifest.json").touch()
+    assert real_model.train(args) and next(answers, None) is None
+
+
+@pytest.mark.parametrize(("ends", "said"), [("143", None), ("0", float), ("2", SystemExit)])
+def test_a_stage_is_asked_to_stop_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, said) -> None:
+    stage = tmp_path / "stage.sh"
+    stage.write_text(f"#!/bin/sh\ntrap 'exit {ends}' TERM\necho began\nwhile :; do sleep 0.05; done\n")
+    stage.chmod(0o755)
+    monkeypatch.setattr(real_model.sys, "executable", str(stage))
+    monkeypatch.setattr(real_model, "STOPS", 0.0)
+    args, step = real_model_args(tmp_path), real_model.Step("ci", "sft", ["sft"])
+    if said is SystemExit:
+        with pytest.raises(SystemExit, match=r"pipelines\.sft.*exit code 2, see .*ci\.log"):
+            real_model.call(args, step, 1.0)
+    else:
+        done = real_model.call(args, step, 1.0)
+        assert done is None if said is None else done >= 1.0
+    assert (tmp_path / "ci.log").read_text(encoding="utf-8") == "began\n"
+    with pytest.raises(SystemExit, match=r"no finished sft in .*ci: run it first"):
+        real_model.call(args, real_model.Step("ci-lora", "ppo", ["ppo"]), 1.0)
