@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "real_model.json"
 PAGE = ROOT.parent / "docs" / "results.md"
 NEW = "/new"  # of pipelines.chat: forget the conversation
+NOT_YET = "Not measured yet."
 STOPS = 60.0  # seconds that a stage gets to write its checkpoint
 HELD_BACK = "reward_b"
 LORA = ["peft.r=16", "peft.stages=[reward, ppo]", "ppo.max_tokens_per_micro_batch=4096"]
@@ -102,7 +103,7 @@ def call(args: argparse.Namespace, step: Step, seconds: float) -> float | None:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             code = process.wait()
-    if code == 128 + signal.SIGTERM:
+    if code in (128 + signal.SIGTERM, -signal.SIGTERM):  # the second: before it listened
         return None
     if code:
         raise SystemExit(f"error: {' '.join(command)}: exit code {code}, see {path}")

@@ -1,13 +1,16 @@
 """Cross-validation of a reward model over prompts, beside TF-IDF, on one or several preference sets.
 
     export RLHF_DATA=/folder/of/the/data
-    python -m benchmarks.reward_cv --base artifacts/smollm2/sft/model --out cv.json \
+    make convert RECIPE=smollm2
+    python -m benchmarks.reward_cv --base bases/smollm2 --chat --out cv.json \
         --data rmb_harmless_dev rmb_helpful_dev ukp_convarg1_dev hh_harmless_dev
 
 All sets are cut into the same number of folds by prompt. For each fold one reward model is trained on the other folds
 of all sets together, and on each set measured on the fold: accuracy, accuracy where the better answer is the shorter
 one, and the lead over TF-IDF (fitted on the same folds of that set) with a paired bootstrap over prompts. A fold is
 written when it is done, and the same command continues. `key=value` are settings of the recipe's `reward` section.
+
+The base must not know the pairs: an SFT model that was taught the preferred answers of these sets has seen the fold.
 """
 
 from __future__ import annotations

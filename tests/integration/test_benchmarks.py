@@ -185,6 +185,13 @@ def test_the_real_model_passes_every_stage_and_once_more_with_lora(tmp_path: Pat
     assert [step.name for step in only] == ["sft", "reward", "ppo", "evaluate"]
 
 
+def test_the_section_of_the_real_model_is_of_the_figures_that_are_kept() -> None:
+    kept = real_model.RESULTS
+    written = real_model.table(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else real_model.NOT_YET
+    page = real_model.PAGE.read_text(encoding="utf-8")
+    assert page == with_measured(page, written, "real_model"), "run `python -m benchmarks.real_model --table`"
+
+
 def test_the_time_of_a_step_that_was_stopped_is_kept_and_nothing_is_run_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
