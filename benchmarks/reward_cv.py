@@ -11,6 +11,7 @@ one, and the lead over TF-IDF (fitted on the same folds of that set) with a pair
 written when it is done, and the same command continues. `key=value` are settings of the recipe's `reward` section.
 
 The base must not know the pairs: an SFT model that was taught the preferred answers of these sets has seen the fold.
+`--sft-epochs` does it for each fold, without the fold. `--members` averages reward models of several seeds.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from trl import RewardConfig
+from trl import RewardConfig, SFTConfig
 
 from pipelines.cli import keep_freed_memory
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.data.splits import group_key
 from rlhf.evaluation.statistics import bootstrap_interval
-from rlhf.models import load_tokenizer, new_reward_model
+from rlhf.models import check_position_limit, load_model, load_tokenizer, new_reward_model
 from rlhf.recipe import Recipe, apply_override
 from rlhf.reward import train as reward
 from rlhf.reward.baselines import tfidf_baseline
 from rlhf.sampling import score_sequences
+from rlhf.sft import ExactSFTTrainer, rendered_rows
 from rlhf.stage import StageContext, git_commit, package_versions
 from rlhf.trainers import trainer_args
 from rlhf.yamlio import validate
@@ -72,29 +75,57 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return validate(Recipe, data, "benchmark")
 
 
-def train(args: argparse.Namespace, recipe: Recipe, rows: list[Row], root: Path) -> tuple[Any, Renderer, float]:
-    """A reward model of `rows`, its renderer, and the seconds that its training took."""
+def tuned_base(args: argparse.Namespace, ctx: StageContext, renderer: Renderer, rows: list[Row]) -> Path:
+    """The base after `--sft-epochs` on the preferred answers of `rows`."""
+    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    data = rendered_rows(texts, renderer, ctx.recipe.reward.max_length, "cv sft")
+    options = {"num_train_epochs": args.sft_epochs, "learning_rate": args.sft_learning_rate, "warmup_steps": 20}
+    options |= {"per_device_train_batch_size": 16, "lr_scheduler_type": "cosine", "save_strategy": "no"}
+    options |= {"train_sampling_strategy": "group_by_length", "disable_tqdm": True, "eval_strategy": "no"}
+    config = trainer_args(SFTConfig, options, ctx, max_length=None, completion_only_loss=True)
+    trainer = ExactSFTTrainer(
+        load_model(args.base), args=config, train_dataset=data, processing_class=renderer.tokenizer
+    )
+    trainer.earlier, trainer.began = {}, time.time()
+    trainer.train()
+    folder = ctx.dir / "sft"
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+    renderer.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def train(args: argparse.Namespace, recipe: Recipe, rows: list[Row], root: Path) -> tuple[list[Any], Renderer, float]:
+    """Reward models of `rows`, `--members` of them, their renderer, and the seconds that all training took."""
     ctx = StageContext(reward.STAGE, recipe, root, "cv")
     ctx.dir.mkdir(parents=True, exist_ok=True)
+    check_position_limit(args.base, recipe.reward.max_length, "max_length")
     tokenizer = load_tokenizer(args.base)
     renderer = Renderer(tokenizer, args.chat)
     pairs, _ = reward.rendered_pairs(rows, renderer, recipe.reward.max_length, "cv")
     options = {"train_sampling_strategy": "group_by_length", "save_strategy": "no", "disable_tqdm": True}
-    config = trainer_args(RewardConfig, options | recipe.reward.trainer, ctx, max_length=None)
-    torch.manual_seed(args.seed)
-    trainer = reward.reward_trainer(ctx, new_reward_model(args.base, args.seed), config, tokenizer, pairs, pairs)
-    trainer.earlier, trainer.began = {}, time.time()
-    started = time.perf_counter()
-    trainer.train()
-    return trainer.accelerator.unwrap_model(trainer.model).eval(), renderer, time.perf_counter() - started
+    started, members = time.perf_counter(), []
+    base = tuned_base(args, ctx, renderer, rows) if args.sft_epochs else Path(args.base)
+    ctx.inputs["sft"] = SimpleNamespace(model_dir=base)  # of reward.lm_coef
+    for seed in range(args.seed, args.seed + args.members):
+        config = trainer_args(RewardConfig, options | recipe.reward.trainer, ctx, max_length=None)
+        config.seed = config.data_seed = seed
+        torch.manual_seed(seed)
+        trainer = reward.reward_trainer(ctx, new_reward_model(base, seed), config, tokenizer, pairs, pairs)
+        trainer.earlier, trainer.began = {}, time.time()
+        trainer.train()
+        members.append(trainer.accelerator.unwrap_model(trainer.model).eval())
+    return members, renderer, time.perf_counter() - started
 
 
-def margins_of(model: Any, renderer: Renderer, pairs: Any) -> np.ndarray:
-    """[n], score of the chosen minus that of the rejected sequence."""
-    pad = renderer.tokenizer.pad_token_id
-    with torch.compiler.set_stance("force_eager"):
-        chosen, rejected = (score_sequences(model, pairs[side], pad) for side in ("chosen_ids", "rejected_ids"))
-    return np.array(chosen) - np.array(rejected)
+def margins_of(members: Sequence[Any], renderer: Renderer, pairs: Any) -> np.ndarray:
+    """[n], score of the chosen minus that of the rejected sequence; of several models the mean, each by its own std."""
+    pad, margins = renderer.tokenizer.pad_token_id, []
+    for model in members:
+        with torch.compiler.set_stance("force_eager"):
+            chosen, rejected = (score_sequences(model, pairs[side], pad) for side in ("chosen_ids", "rejected_ids"))
+        margin = np.array(chosen) - np.array(rejected)
+        margins.append(margin / margin.std() if len(members) > 1 else margin)
+    return np.mean(margins, axis=0)
 
 
 def right(margins: np.ndarray) -> np.ndarray:
@@ -112,11 +143,11 @@ def run_fold(args: argparse.Namespace, sets: dict[str, list[Row]], fold: int, ro
     mixed = [row for rows in training.values() for row in rows]
     random.Random(args.seed).shuffle(mixed)
     recipe = recipe_of(args)
-    model, renderer, seconds = train(args, recipe, mixed, root)
+    members, renderer, seconds = train(args, recipe, mixed, root)
     result: dict[str, Any] = {"fold": fold, "train_pairs": len(mixed), "seconds": seconds, "sets": {}}
     for name in held:
         pairs, rows = reward.rendered_pairs(held[name], renderer, recipe.reward.max_length, name)
-        margins = margins_of(model, renderer, pairs)
+        margins = margins_of(members, renderer, pairs)
         result["sets"][name] = {
             "prompts": [group_key(row["prompt"]) for row in rows],
             "model": right(margins).tolist(),
@@ -158,6 +189,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", required=True, help="folder of the model that the reward model starts from")
     parser.add_argument("--data", nargs="+", required=True, help="data recipes")
     parser.add_argument("--chat", action="store_true", help="render with the model's chat template")
+    parser.add_argument("--sft-epochs", type=float, default=0, help="first on the preferred answers of the same folds")
+    parser.add_argument("--sft-learning-rate", type=float, default=3e-5)
+    parser.add_argument("--members", type=int, default=1, help="reward models that differ in their seed, averaged")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--only", type=int, nargs="+", help="these folds alone")
     parser.add_argument("--limit", type=int, help="rows of each set, to try it")

@@ -1,0 +1,56 @@
+"""Folds of a preference set: each pair is measured by models that did not see its prompt, whatever they start from."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import reward_cv
+from tests.builders import build_model, build_sft_artifact, build_tokenizer, write_data_recipe, write_rows
+from tests.reward_toys import honest_pairs
+
+SIZES = ["max_length=96", "trainer.per_device_train_batch_size=8", "trainer.learning_rate=1e-2"]
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, root: Path, *more: str) -> dict:
+    base = root / "toy" / "sft" / "model"
+    if not base.exists():
+        tokenizer = build_tokenizer()
+        build_sft_artifact(root, tokenizer=tokenizer, model=build_model(tokenizer, 112, n_embd=32, n_head=4))
+    split = {"by": "row", "rows": {"train": 140, "validation": 10, "test": 10}}
+    recipe = write_data_recipe(root, "preference", split=split)
+    write_rows(root / "preference.jsonl", honest_pairs(160, seed=0))
+    command = ["cv", *SIZES, *more, "--base", str(base), "--data", str(recipe), "--folds", "2", "--device", "cpu"]
+    command += ["--artifacts", str(root / "artifacts"), "--out", str(root / "cv.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    reward_cv.main()
+    return json.loads((root / "cv.json").read_text(encoding="utf-8"))
+
+
+def test_every_pair_is_in_one_fold_and_the_words_that_decide_are_found(tmp_path, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(
+        reward_cv, "train", lambda *args, plain=reward_cv.train: trained.append(args[2]) or plain(*args)
+    )
+    state = measured(monkeypatch, tmp_path, "trainer.num_train_epochs=4", "--members", "2")
+    folds = [fold["sets"]["preference"] for fold in state["folds"]]
+    assert sum(len(fold["model"]) for fold in folds) == 160  # train, validation and test, each pair once
+    for fold, rows in zip(folds, trained, strict=True):
+        assert not {row["prompt"] for row in rows} & set(fold["prompts"])
+    right = [verdict for fold in folds for verdict in fold["model"]]
+    assert sum(right) / len(right) > 0.8
+    assert "| preference | 160 |" in capsys.readouterr().out
+    measured(monkeypatch, tmp_path, "trainer.num_train_epochs=4", "--members", "2")
+    assert len(trained) == 2  # nothing is done twice
+    with pytest.raises(SystemExit, match="was measured with"):
+        measured(monkeypatch, tmp_path, "--members", "1")
+
+
+def test_the_base_may_first_be_tuned_on_the_same_folds(tmp_path, monkeypatch):
+    bases = []
+    plain = reward_cv.new_reward_model
+    monkeypatch.setattr(reward_cv, "new_reward_model", lambda base, seed: bases.append(Path(base)) or plain(base, seed))
+    state = measured(monkeypatch, tmp_path, "trainer.num_train_epochs=1", "lm_coef=0.1", "--sft-epochs", "1")
+    assert [fold["train_pairs"] for fold in state["folds"]] and len(bases) == 2
+    assert {base.name for base in bases} == {"sft"} and (bases[0] / "model.safetensors").is_file()
