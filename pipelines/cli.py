@@ -189,10 +189,11 @@ def check_folder(name: str) -> str:
     return check_name(name, "--as")
 
 
-def guarded(command: str, act: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Do what is no stage; returns the exit code: 0, or 2 after one line on stderr."""
+def guarded(command: str, act: Callable[[argparse.Namespace], None], parser: Parser, argv: list[str] | None) -> int:
+    """Parse and do what is no stage; returns the exit code: 0, or 2 after one line on stderr."""
+    setup_logging()
     try:
-        act(args)
+        act(parser.parse_args(argv))
     except UserError as error:
         return fail(str(error))
     except OSError as error:

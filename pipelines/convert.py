@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from pipelines.cli import guarded, setup_logging
+from pipelines.cli import Parser, guarded
 from rlhf.recipe import load_recipe
 
 logger = logging.getLogger("rlhf")
@@ -13,13 +13,11 @@ logger = logging.getLogger("rlhf")
 
 def main(argv: list[str] | None = None) -> int:
     """Writes the folder; returns 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.convert", description=__doc__)
+    parser = Parser(prog="python -m pipelines.convert", description=__doc__)
     parser.add_argument("--recipe", default="smollm2", metavar="NAME-OR-PATH", help="recipe with the base (smollm2)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, for model.base")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as model.base=/my/model")
-    args = parser.parse_args(argv)
-    setup_logging()
-    return guarded("convert", run, args)
+    return guarded("convert", run, parser, argv)
 
 
 def run(args: argparse.Namespace) -> None:

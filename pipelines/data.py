@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli import guarded, setup_logging
+from pipelines.cli import Parser, guarded
 from rlhf.artifacts import DATA
 from rlhf.data import DataRecipe, load_data_recipe
 from rlhf.data.load import parts_of
@@ -19,15 +19,13 @@ logger = logging.getLogger("rlhf")
 
 def main(argv: list[str] | None = None) -> int:
     """Writes ARTIFACTS/data/NAME, of a mixture those of its parts; returns 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.data", description=__doc__)
+    parser = Parser(prog="python -m pipelines.data", description=__doc__)
     parser.add_argument("--recipe", required=True, metavar="NAME-OR-PATH", help="data recipe")
     parser.add_argument("--artifacts", default="artifacts", metavar="DIR")
     parser.add_argument("--force", action="store_true", help="write the set again although nothing changed")
     parser.add_argument("--tokenizer", metavar="FOLDER-OR-ID", help="adds token counts to the card")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
-    args = parser.parse_args(argv)
-    setup_logging()
-    return guarded("data", clean, args)
+    return guarded("data", clean, parser, argv)
 
 
 def clean(args: argparse.Namespace) -> None:

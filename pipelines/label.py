@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli import guarded, setup_logging
+from pipelines.cli import Parser, guarded
 from rlhf.errors import UserError
 from rlhf.labels.agreement import agreement
 from rlhf.labels.records import LABELS_FILE, PAIRS_FILE, label_folder, read_labels
@@ -18,16 +18,14 @@ logger = logging.getLogger("rlhf")
 
 def main(argv: list[str] | None = None) -> int:
     """Serves the page until Ctrl-C; returns 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.label", description=__doc__)
+    parser = Parser(prog="python -m pipelines.label", description=__doc__)
     parser.add_argument("--data", metavar="NAME-OR-PATH", help="data recipe that `make label-select` chose from")
     parser.add_argument("--artifacts", default="artifacts", metavar="DIR")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="instead of --data: another selected.jsonl")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="where labels go (labels.jsonl beside the pairs)")
     parser.add_argument("--port", type=int, default=8765, help="0 = any free one (8765)")
     parser.add_argument("--agreement", action="store_true", help="only say how far the annotators agree")
-    args = parser.parse_args(argv)
-    setup_logging()
-    return guarded("label", label, args)
+    return guarded("label", label, parser, argv)
 
 
 def label(args: argparse.Namespace) -> None:

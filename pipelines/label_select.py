@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from pipelines.cli import guarded, setup_logging
+from pipelines.cli import Parser, guarded
 from rlhf.data import load_data_recipe
 from rlhf.labels.choose import WORDS, Choice, choose
 from rlhf.labels.records import LABELS_FILE, PAIRS_FILE, label_folder
@@ -17,7 +17,7 @@ logger = logging.getLogger("rlhf")
 
 def main(argv: list[str] | None = None) -> int:
     """Adds to ARTIFACTS/labels/NAME/selected.jsonl; returns 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.label_select", description=__doc__)
+    parser = Parser(prog="python -m pipelines.label_select", description=__doc__)
     parser.add_argument("--data", required=True, metavar="NAME-OR-PATH", help="data recipe of the pairs")
     parser.add_argument("--split", default="train", help="of the data recipe (train)")
     parser.add_argument("--count", type=int, default=Choice.count, metavar="N", help=f"pairs ({Choice.count})")
@@ -36,9 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-length", type=int, default=Choice.max_length, help="tokens that a stage's model reads")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="selected.jsonl to extend")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="labels so far (labels.jsonl beside the pairs)")
-    args = parser.parse_args(argv)
-    setup_logging()
-    return guarded("label-select", select, args)
+    return guarded("label-select", select, parser, argv)
 
 
 def select(args: argparse.Namespace) -> None:

@@ -4,15 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from pipelines.cli import Parser, guarded
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
 from rlhf.labels.records import LABELS
+from rlhf.locks import running
 
 ORDER = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 
 def status(root: Path) -> list[str]:
-    """One line per stage: complete, stale, interrupted or damaged, with its time and headline."""
+    """One line per stage: complete, stale, running, interrupted or damaged, with its time and headline."""
     lines = []
     for run in sorted(path for path in root.iterdir() if path.is_dir() and path.name != LABELS):
         stages = sorted((path for path in run.iterdir() if path.is_dir()), key=_order)
@@ -28,11 +30,17 @@ def _order(path: Path) -> tuple[int, str]:
 def describe(stage: Path) -> str:
     """State of one stage folder."""
     if stage.suffix == ".partial":
+        pid = running(stage.with_suffix(".lock"))
+        if pid:
+            return f"running, process {pid}"
         return "interrupted: run the stage again to continue"
     try:
         artifact = Artifact.load(stage)
     except UserError as error:
         return f"damaged: {error}"
+    missing = artifact.missing()
+    if missing:
+        return f"damaged: {missing[0]} is missing; run the stage again"
     stale = stale_inputs(artifact)
     if stale:
         return f"stale: {', '.join(stale)} changed since; run the stage again"
@@ -56,16 +64,19 @@ def stale_inputs(artifact: Artifact) -> list[str]:
     return stale
 
 
-def main() -> int:
-    """Print the status; exit code 2 where there is no such directory."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.status", description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    """Print the status; returns 0, or 2 after one line on stderr where there is no such directory."""
+    parser = Parser(prog="python -m pipelines.status", description=__doc__)
     parser.add_argument("--artifacts", default="artifacts", metavar="DIR")
-    root = Path(parser.parse_args().artifacts)
+    return guarded("status", show, parser, argv)
+
+
+def show(args: argparse.Namespace) -> None:
+    """Prints one line per stage."""
+    root = Path(args.artifacts)
     if not root.is_dir():
-        print(f"error: --artifacts {root}: no such directory: run `make sft` first", file=sys.stderr)
-        return 2
+        raise UserError(f"--artifacts {root}: no such directory: run `make sft` first")
     print("\n".join(status(root)) or f"{root}: no runs yet")
-    return 0
 
 
 if __name__ == "__main__":

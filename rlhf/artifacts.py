@@ -149,28 +149,26 @@ class Artifact:
         directory = Path(path)
         if not directory.is_dir():
             raise UserError(f"artifact {directory}: not there: run `make {directory.name}` first, or check the path")
+        redo = f"run {directory.name} again with FORCE=1"
         try:
             manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(
-                f"artifact {directory}: no {MANIFEST}: not a finished stage; redo it with FORCE=1"
-            ) from None
+            raise UserError(f"artifact {directory}: no {MANIFEST}: not a finished stage; {redo}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"artifact {directory}: {MANIFEST} is damaged ({error}): redo it with FORCE=1") from None
+            raise UserError(f"artifact {directory}: {MANIFEST} is damaged ({error}): {redo}") from None
         version = manifest.get("schema_version") if isinstance(manifest, dict) else None
         if version != SCHEMA_VERSION:
             raise UserError(
-                f"artifact {directory}: schema_version {version!r}, this code reads {SCHEMA_VERSION}: "
-                "redo it with FORCE=1"
+                f"artifact {directory}: schema_version {version!r}, this code reads {SCHEMA_VERSION}: {redo}"
             )
         missing = [key for key in ("stage", "files", "payload_hash") if key not in manifest]
         if missing:
-            raise UserError(f"artifact {directory}: {MANIFEST} has no `{missing[0]}`: redo it with FORCE=1")
+            raise UserError(f"artifact {directory}: {MANIFEST} has no `{missing[0]}`: {redo}")
         if not isinstance(manifest["files"], dict):
-            raise UserError(f"artifact {directory}: {MANIFEST} is damaged (`files`): redo it with FORCE=1")
+            raise UserError(f"artifact {directory}: {MANIFEST} is damaged (`files`): {redo}")
         status = manifest.get("status", COMPLETE)
         if status != COMPLETE:
-            raise UserError(f"artifact {directory}: its status is {status!r}: not finished; redo it with FORCE=1")
+            raise UserError(f"artifact {directory}: its status is {status!r}: not finished; {redo}")
         return cls(directory, manifest)
 
     @property
@@ -200,6 +198,11 @@ class Artifact:
 
         return pandas.DataFrame(read_jsonl(self.path / "samples.jsonl"))
 
+    def missing(self) -> list[str]:
+        """Files that later stages consume and that are gone; what they hold is not looked at."""
+        names = (name for name in self.manifest["files"] if name.startswith(PAYLOAD))
+        return [name for name in names if not (self.path / name).is_file()]
+
     def verify(self, without: Collection[str] = ()) -> None:
         """Compare every file, but those named in `without`, with the manifest, and the manifest with its own hash.
 
@@ -222,7 +225,8 @@ class Artifact:
         for name, digest in self.manifest["files"].items():
             if name in without:
                 continue
-            path, remedy = self.path / name, REMADE.get(name, "redo the stage with FORCE=1")
+            path = self.path / name
+            remedy = REMADE.get(name, f"run {self.path.name} again with FORCE=1")
             if not path.resolve().is_relative_to(self.path.resolve()):
                 raise UserError(
                     f"artifact {self.path}: {MANIFEST} lists {name!r}, which lies outside the artifact: do not use it"

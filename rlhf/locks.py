@@ -49,6 +49,20 @@ def locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def running(path: Path) -> int | None:
+    """Process of this host that the lock file `path` names, if it is alive. Takes no lock: it would be in the way."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        pid = int(holder["pid"]) if holder["host"] == socket.gethostname() else 0
+        if pid > 0:
+            os.kill(pid, 0)
+    except PermissionError:  # it is alive, and another user's
+        return pid
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pid or None
+
+
 def _acquire(path: Path) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +86,7 @@ def _claim(path: Path, handle: int) -> None:
         holder = _holder(handle)
         raise UserError(
             f"{path.with_suffix('')}: process {holder.get('pid')} on {holder.get('host')} is building it since "
-            f"{holder.get('since')}: wait for it or stop it, or give this run another RUN name"
+            f"{holder.get('since')}: wait for it or stop it, or work under another name (RUN=...)"
         ) from None
     holder, here = _holder(handle), socket.gethostname()
     if holder and holder.get("host") != here:

@@ -270,8 +270,9 @@ def plan(ctx: StageContext, force: bool) -> str:
     """
     ctx.fingerprint = fingerprint(ctx.stage, ctx)
     if ctx.final.is_dir() and not force:
-        recorded = Artifact.load(ctx.final).manifest["fingerprint"]
-        changed = differences(recorded, ctx.fingerprint)
+        artifact = Artifact.load(ctx.final)
+        changed = differences(artifact.manifest["fingerprint"], ctx.fingerprint)
+        changed += [f"{name} is missing" for name in artifact.missing()]
         if not changed:
             return "skip"
         logger.info("%s: rebuilding, because %s", ctx.final, "; ".join(changed[:5]))

@@ -38,9 +38,9 @@ def length_in_words(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(len(response.split())) for response in responses]
 
 
-def near_six_words(prompts: list[str], responses: list[str]) -> list[float]:
-    """Minus the distance from six words: what gets shorter and shorter has more of it for a while."""
-    return [-abs(words - 6) for words in length_in_words(prompts, responses)]
+def near_five_words(prompts: list[str], responses: list[str]) -> list[float]:
+    """Minus the distance from five words: what gets shorter and shorter has more of it for a while."""
+    return [-abs(words - 5) for words in length_in_words(prompts, responses)]
 
 
 def column_reward(prompts: list[str], responses: list[str], wanted: list[float]) -> list[float]:

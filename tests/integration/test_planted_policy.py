@@ -7,16 +7,18 @@ import shutil
 
 from tests.integration.conftest import run_stage
 
-# PPO is paid for words without the letter e and gets shorter and shorter. One score that it never sees counts the
-# letter: it only falls. The other likes six words: it rises on the way from nine to three, and then falls.
-PROXY = "ppo.rewards=[{function: 'tests.ppo_toys:share_of_e', weight: -10.0}]"
-GOLD = "{name: gold, function: 'tests.ppo_toys:share_of_e'}"
-FORM = "{name: form, function: 'tests.ppo_toys:near_six_words'}"
+# PPO is paid for few words. One score that it never sees counts them: it only falls. The other likes five: it rises on
+# the way from ten to one, and then falls. A small step length and many prompts, so that every machine finds the same.
+PROXY = "ppo.rewards=[{function: 'tests.ppo_toys:length_in_words', weight: -0.15}]"
+GOLD = "{name: gold, function: 'tests.ppo_toys:length_in_words'}"
+FORM = "{name: form, function: 'tests.ppo_toys:near_five_words'}"
 SETTINGS = (
     PROXY,
     "ppo.critic_init=sft",
-    "evaluate.prompts=96",
-    "evaluate.frontier_prompts=96",
+    "ppo.learning_rate=5e-4",
+    "ppo.total_episodes=2048",
+    "evaluate.prompts=192",
+    "evaluate.frontier_prompts=192",
     "evaluate.perplexity_rows=0",
     "evaluate.score_all_rewards=false",  # the run's reward model would be one more score that PPO did not see
 )
@@ -33,38 +35,41 @@ def planted(ci_run, root, *settings):
 
 
 def test_an_over_optimised_policy_is_flagged_by_name(ci_run, tmp_path):
-    settings = (f"evaluate.judges=[{GOLD}, {FORM}]", "ppo.keep_policies_every=3", "evaluate.best_of_n=2")
+    settings = (f"evaluate.judges=[{GOLD}, {FORM}]", "ppo.keep_policies_every=4", "evaluate.best_of_n=2")
     stdout, manifest, evaluate = planted(ci_run, tmp_path, *settings)
     curve = manifest["comparison"]["frontier"]
     rows = [curve["best_of_n"][0], *curve["steps"]]
     gold, form = ([row["scores"][name]["value"] for row in rows] for name in ("gold", "form"))
-    assert gold[4] < gold[1] - 0.01 and form[2] > max(form[0] + 1, form[4] + 0.4), "it has not walked: nothing to show"
+    best = curve["best_steps"]["form"]
+    walked = gold[-1] < gold[0] - 5 and form[best // 4] > max(form[0], form[-1]) + 1
+    assert walked, "it has not walked: nothing to show"
     assert manifest["gate"]["verdict"] == "fail" and manifest["gate"]["not_measured"] == {}
     reasons = manifest["gate"]["reasons"]
     found = [line.partition(" is ")[0] for line in reasons]
-    # Against the SFT model, form has gained; against step 6 of the steps 3, 6, 9 and 12 it has lost.
-    assert "FAIL over_optimised: form of step 6" in found and curve["gained"] == ["form"]
-    assert curve["best_steps"]["form"] == 6 and curve["best_steps"]["gold"] == 0
-    assert "FAIL over_optimised: gold of step 3" in found and "FAIL worse_than_sft: gold of the SFT model" in found
+    # Against the SFT model, form has gained; against its best step it has lost.
+    assert f"FAIL over_optimised: form of step {best}" in found and curve["gained"] == ["form"]
+    assert 0 < best < 32
+    assert "FAIL over_optimised: gold of step 4" in found and "FAIL worse_than_sft: gold of the SFT model" in found
     assert not [line for line in found if "worse_than_sft: form" in line]
     (beaten,) = [line for line in reasons if "beaten_by_best_of_n: gold" in line]
     assert "train longer" not in beaten
-    assert all("published step 12" in line for line in reasons)
+    assert all("published step 32" in line for line in reasons)
     for text in (stdout, (evaluate / "report.md").read_text(encoding="utf-8")):
         assert "Gate of the policy: FAIL." in text and all(reason in text for reason in reasons)
     run_stage("report", tmp_path)
     page = (tmp_path / "ci" / "report.html").read_text(encoding="utf-8")
     assert "gate of PPO&#x27;s policy: worse_than_sft, over_optimised" in page
-    assert "over_optimised: form of step 6 is" in page
+    assert f"over_optimised: form of step {best} is" in page
 
 
 def test_a_policy_worse_than_the_sft_model_is_flagged_without_kept_steps_and_best_of_n(ci_run, tmp_path):
     settings = (f"evaluate.judges=[{GOLD}]", "ppo.keep_policies_every=null", "evaluate.best_of_n=1")
+    settings += ("ppo.total_episodes=1280",)
     stdout, manifest, evaluate = planted(ci_run, tmp_path, *settings)
     gate = manifest["gate"]
     assert gate["verdict"] == "fail"
     (reason,) = gate["reasons"]
-    assert reason.startswith("FAIL worse_than_sft: gold of the SFT model is 0.0") and "train longer" not in reason
+    assert reason.startswith("FAIL worse_than_sft: gold of the SFT model is ") and "train longer" not in reason
     # What was compared with nothing has not passed.
     assert gate["not_measured"] == {
         "over_optimised": "set ppo.keep_policies_every",

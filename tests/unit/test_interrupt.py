@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT: kept while a step runs, at once elsewhere; the second one ends the process."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -139,3 +140,11 @@ leave(3)
     environment = os.environ | {"WORLD_SIZE": processes, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (3, said, "")
+
+
+@pytest.mark.parametrize("module", ["convert", "data", "label", "label_select", "status"])
+def test_arguments_that_nobody_knows_are_said_in_one_line(module, capsys):
+    main = importlib.import_module(f"pipelines.{module}").main
+    assert main(["--frobnicate"]) == cli.BAD_INPUT
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: python -m pipelines.{module}: ") and said.count("\n") == 1

@@ -10,9 +10,10 @@ import socket
 
 import pytest
 
+from pipelines.status import describe
 from rlhf import locks
 from rlhf.errors import UserError
-from rlhf.locks import locked
+from rlhf.locks import locked, running
 
 
 @pytest.fixture
@@ -48,6 +49,20 @@ def test_the_file_names_the_holder_and_goes_with_it(path):
     assert not path.exists()
     with locked(path):
         pass
+
+
+def test_a_living_holder_is_told_from_a_dead_one(path):
+    assert running(path) is None
+    pid = held_by_a_fork(path)
+    assert running(path) == pid
+    partial = path.with_suffix(".partial")
+    partial.mkdir()
+    assert describe(partial) == f"running, process {pid}"
+    end(pid)
+    assert running(path) is None
+    assert describe(partial).startswith("interrupted")
+    path.write_text("{", encoding="utf-8")
+    assert running(path) is None
 
 
 def test_a_second_process_is_refused_with_pid_and_host(path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.status import status
 from rlhf import stage as stage_module
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
@@ -113,6 +114,22 @@ def test_unchanged_stage_is_skipped_with_one_line(root, recipe, caplog):
     assert toy.built == [False] and toy.checked == 1
     assert [r.getMessage() for r in caplog.records] == [f"{again.path}: unchanged, skipped (FORCE=1 redoes it)"]
     assert snapshot(root) == before
+
+
+def test_a_stage_that_lost_a_file_of_its_model_is_made_again(root, recipe, caplog):
+    toy = Toy()
+    artifact = run_stage(toy.stage, recipe, root)
+    lost = next(name for name in artifact.manifest["files"] if name.startswith("model/"))
+    (artifact.path / lost).unlink()
+    assert artifact.missing() == [lost]
+    assert status(root) == [f"toy/sft        damaged: {lost} is missing; run the stage again"]
+    with caplog.at_level(logging.INFO, "rlhf.stage"):
+        again = run_stage(toy.stage, recipe, root)
+    assert f"rebuilding, because {lost} is missing" in caplog.text and len(toy.built) == 2
+    again.verify()
+    (again.path / "README.md").unlink(missing_ok=True)
+    run_stage(toy.stage, recipe, root)
+    assert len(toy.built) == 2
 
 
 @pytest.mark.parametrize(
