@@ -31,6 +31,7 @@ from transformers import (
 
 from rlhf.artifacts import Artifact, finish, partial_dir, publish
 from rlhf.data import Renderer
+from rlhf.errors import UserError
 from rlhf.models import init_score_head, load_model, load_tokenizer, lora_config, tokenizer_identity
 from rlhf.ppo import stage as ppo_stage
 from rlhf.ppo.stage import load_prompts
@@ -63,11 +64,24 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def with_measured(page: str, tables: str) -> str:
-    """A page of the docs with fresh tables between its two marks."""
-    begin, end = "<!-- measured: begin -->", "<!-- measured: end -->"
-    head, rest = page.split(begin)
-    return f"{head}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
+def with_measured(page: str, tables: str, name: str | None = None) -> str:
+    """A page of the docs with fresh text between the two marks of a block.
+
+    Args:
+        page: text of the page.
+        tables: Markdown that stands between the marks afterwards.
+        name: of the block, `<!-- measured NAME: begin -->`; None where the page has one block without a name.
+
+    Raises:
+        UserError: the page does not have this block exactly once.
+    """
+    label = f"measured {name}" if name else "measured"
+    begin, end = f"<!-- {label}: begin -->", f"<!-- {label}: end -->"
+    head, _, rest = page.partition(begin)
+    _, _, tail = rest.partition(end)
+    if page.count(begin) != 1 or page.count(end) != 1 or end not in rest:
+        raise UserError(f"page: no block {label!r}, or more than one: put {begin!r} and {end!r} on lines of their own")
+    return f"{head}{begin}\n{tables}\n{end}{tail}"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from benchmarks.our_side import timed_step
 from benchmarks.ppo_vs_trl import WORKLOADS, summary, table
 from benchmarks.start import random_context, side_specs, with_measured
 from benchmarks.trl_learning import at_equal_kl, at_kl, report, seconds_to_reach
+from rlhf.errors import UserError
 from rlhf.models import load_tokenizer
 from rlhf.ppo.stage import build_trainer
 
@@ -139,3 +140,28 @@ def test_the_table_of_single_settings_is_of_the_figures_that_are_kept() -> None:
     assert set(kept) <= set(ablations.SETTINGS)
     page = ablations.PAGE.read_text(encoding="utf-8")
     assert page == with_measured(page, ablations.table(kept)), "run `python -m benchmarks.ablations --table`"
+
+
+def marked(name: str, text: str) -> str:
+    return f"<!-- measured{name}: begin -->\n{text}\n<!-- measured{name}: end -->"
+
+
+def test_each_block_of_a_page_is_written_by_its_name() -> None:
+    page = f"head\n{marked('', '1')}\nbetween\n{marked(' b', '2')}\ntail\n"
+    assert with_measured(page, "3", "b") == page.replace("\n2\n", "\n3\n")
+    assert with_measured(page, "3") == page.replace("\n1\n", "\n3\n")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "no block\n",
+        marked(" a", "another one"),
+        marked(" b", "1") + marked(" b", "2"),
+        "<!-- measured b: begin -->\nno end\n",
+        "<!-- measured b: end -->\n<!-- measured b: begin -->\n",
+    ],
+)
+def test_a_block_that_is_not_there_once_is_an_error(page: str) -> None:
+    with pytest.raises(UserError, match="no block 'measured b', or more than one"):
+        with_measured(page, "3", "b")
