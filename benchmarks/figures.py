@@ -226,7 +226,7 @@ def frontier_block(figures: Figures) -> str:
         [
             "The recipe `tiny`, seed 0, two threads, "
             f"{found['prompts']} prompts: best of {n} reaches a reward of {trained_score(found, ours):.2f} for at "
-            f"most {ours['kl']:.2f} nats, PPO at step {near['step']} {trained_score(found, near):.2f} for "
+            f"most {ours['kl']:.2f} nats, PPO at step {near['step']} has {trained_score(found, near):.2f} for "
             f"{near['kl']:.2f}; at the published step {found['published']} it has "
             f"{trained_score(found, published):.2f} for {published['kl']:.2f}. {beyond(found, more, least, published)}",
             favourites(found),
@@ -248,9 +248,9 @@ def beyond(found: Figures, more: Figures, least: Mapping[str, Any], published: M
 def favourites(found: Figures) -> str:
     """The step that each score would have kept."""
     best = found["best_steps"]
-    unseen = " and ".join(f"`{score}` likes step {best[score]} best" for score in found["unseen"])
+    unseen = ", ".join(f"by `{score}` step {best[score]}" for score in found["unseen"])
     return (
-        f"Of the kept steps and the SFT model (step 0), {unseen}, and the reward that PPO maximised step "
+        f"Of the kept steps and the SFT model (step 0) the best is {unseen}, and by the reward that PPO maximised step "
         f"{best[found['trained']]}; the published one is {found['published']}."
     )
 
@@ -309,16 +309,18 @@ def length_block(figures: Figures) -> str:
 
 def length_words(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the table of `length_block` says."""
-    first, *others = rows
-    left = [row["accuracy"]["value"] for row in others]
-    holds("length" in first["gate"]["names"], "the gate fails the model without the option for length")
-    holds(all(row["gate"]["names"] == ["baselines"] for row in others), "with it the gate fails for baselines alone")
-    holds(max(left) < min(0.6, first["accuracy"]["value"]), "little is left without length")
+    first, some, much = rows
+    half, most = (f"{row['settings']['length_decorrelation']:g}" for row in (some, much))
+    holds(first["gate"]["names"] == ["length"], "the gate fails the model without the option for length")
+    holds(some["gate"]["names"] == ["baselines"], "with some of it the gate fails for baselines alone")
+    holds(some["accuracy"]["value"] < 0.6 < first["accuracy"]["value"], "little is left without length")
+    holds(much["accuracy"]["high"] < 0.5 and much["length"]["model"] < 0.5, "too much of it turns the model round")
     return (
-        f"Most of what this small model had learned was length; without it little is left ({percent(min(left))} to "
-        f"{percent(max(left))} right), and the gate says so. Counting characters alone (the length-only baseline) is "
-        f"right in\n{percent(first['baselines']['length-only']['value'])}. An option cannot put into a model what the "
-        "data and the base do not have."
+        f"Most of what this small model had learned was length; at {half} little is left, and the gate says so: "
+        "counting characters alone (the length-only baseline) is right in\n"
+        f"{percent(first['baselines']['length-only']['value'])}. At {most} it overshoots: the shorter answer wins more "
+        f"often, and {percent(much['accuracy']['value'])} right is below chance. Begin with small values. An option\n"
+        "cannot put into a model what the data and the base do not have."
     )
 
 
