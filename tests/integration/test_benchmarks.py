@@ -1,13 +1,14 @@
 """Our side of the benchmarks runs, and what they compute from measurements is right. TRL's side needs TRL 1.12."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ablations, cpu, reward_vs_trl
+from benchmarks import ablations, cpu, figures, reward_vs_trl
 from benchmarks.our_side import timed_step
 from benchmarks.ppo_vs_trl import WORKLOADS, summary, table
 from benchmarks.start import random_context, side_specs, with_measured
@@ -165,3 +166,18 @@ def test_each_block_of_a_page_is_written_by_its_name() -> None:
 def test_a_block_that_is_not_there_once_is_an_error(page: str) -> None:
     with pytest.raises(UserError, match="no block 'measured b', or more than one"):
         with_measured(page, "3", "b")
+
+
+@pytest.mark.parametrize("name", figures.BLOCKS)
+def test_figures_in_prose_are_those_of_the_runs(name: str) -> None:
+    kept = json.loads(figures.RESULTS.read_text(encoding="utf-8"))
+    page = (figures.ROOT / name).read_text(encoding="utf-8")
+    assert re.findall(r"<!-- measured ([\w-]+): begin -->", page) == list(figures.BLOCKS[name])
+    assert page == figures.rendered(name, kept), "run `python -m benchmarks.figures`"
+
+
+def test_a_sentence_that_the_figures_do_not_say_is_not_written() -> None:
+    kept = json.loads(figures.RESULTS.read_text(encoding="utf-8"))
+    kept["tiny"]["comparison"]["metrics"]["ppo/self_bleu"] = 0.0
+    with pytest.raises(UserError, match="responses of PPO are more alike"):
+        figures.rendered("README.md", kept)
