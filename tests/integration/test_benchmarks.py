@@ -1,13 +1,14 @@
 """Our side of the benchmarks runs, and what they compute from measurements is right. TRL's side needs TRL 1.12."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ablations, cpu, real_model, reward_vs_trl
+from benchmarks import ablations, cpu, figures, real_model, reward_vs_trl
 from benchmarks.our_side import timed_step
 from benchmarks.ppo_vs_trl import WORKLOADS, summary, table
 from benchmarks.start import random_context, side_specs, with_measured
@@ -223,3 +224,18 @@ def test_a_stage_is_asked_to_stop_in_time(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "ci.log").read_text(encoding="utf-8") == "began\n"
     with pytest.raises(SystemExit, match=r"no finished sft in .*ci: run it first"):
         real_model.call(args, real_model.Step("ci-lora", "ppo", ["ppo"]), 1.0)
+
+
+@pytest.mark.parametrize("name", figures.BLOCKS)
+def test_figures_in_prose_are_those_of_the_runs(name: str) -> None:
+    kept = json.loads(figures.RESULTS.read_text(encoding="utf-8"))
+    page = (figures.ROOT / name).read_text(encoding="utf-8")
+    assert re.findall(r"<!-- measured ([\w-]+): begin -->", page) == list(figures.BLOCKS[name])
+    assert page == figures.rendered(name, kept), "run `python -m benchmarks.figures`"
+
+
+def test_a_sentence_that_the_figures_do_not_say_is_not_written() -> None:
+    kept = json.loads(figures.RESULTS.read_text(encoding="utf-8"))
+    kept["tiny"]["comparison"]["metrics"]["ppo/self_bleu"] = 0.0
+    with pytest.raises(UserError, match="responses of PPO are more alike"):
+        figures.rendered("README.md", kept)
