@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.start import provenance, with_measured
 from pipelines.sweep import link
-from rlhf.artifacts import MANIFEST, Artifact
+from rlhf.artifacts import MANIFEST, Artifact, read_jsonl
 from rlhf.evaluation.report import comparison_table
 from rlhf.recipe import load_recipe
 
@@ -149,7 +149,7 @@ def run_summary(args: argparse.Namespace, run: str) -> dict[str, Any]:
     summary: dict[str, Any] = {name: artifact.manifest["metrics"] for name, artifact in artifacts.items()}
     summary["gates"] = {name: a.manifest["gate"] for name, a in artifacts.items() if "gate" in a.manifest}
     if "ppo" in artifacts:
-        rows = artifacts["ppo"].metrics()
+        rows = read_jsonl(root / "ppo" / "metrics.jsonl")
         summary["ppo"] |= {"peak_memory_gib": max(row.get("perf/peak_memory_gib", 0.0) for row in rows)}
         summary["curve"] = curve(rows)
     if "evaluate" in artifacts:

@@ -23,7 +23,8 @@ Made by `python docs/generate_recipes.py` from `rlhf/recipe.py` and `rlhf/data/r
 A recipe is one YAML file: `pipelines/recipes/NAME.yaml`, or any path. It says only what differs from the defaults
 below. Any field can be overridden by its dotted path: `make ppo SET="ppo.kl_coef=0.1 ppo.total_episodes=2048"`, or
 `python -m pipelines.ppo --recipe tiny ppo.kl_coef=0.1`. List items go by their number: `ppo.rewards.0.weight=0.5`.
-An unknown key, a wrong type or a value out of range is refused before a model is loaded. `--dry-run` prints the
+An unknown key, a wrong type or a value out of range is refused before a model is loaded; values of a `trainer`
+section, which belong to the library, and files that a stage names, when that stage begins. `--dry-run` prints the
 resolved recipe.
 
 `null` switches off what can be off. A field without a default is required; `name` is taken from the file's name where

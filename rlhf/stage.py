@@ -492,6 +492,7 @@ def hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),  # sums go in another order with other vector instructions
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpus": gpus,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),

@@ -41,7 +41,8 @@ def sentences(curve: Mapping[str, Any]) -> list[str]:
     checks = policy_gate(curve)
     return [
         f"Published is step {curve['published']}. The best of {among} is {', '.join([*unseen, rewarded])}.",
-        f"Gate of the policy: {verdict(checks).upper()}.",
+        f"Gate of the policy: {verdict(checks).upper()}. It judges {curve['prompts']} prompts, and its intervals are "
+        "wider than the table's: 95 % hold for all its comparisons together.",
         *(f"{line}." for line in gate_lines(checks, without=())),
         *(f"{name} was not measured: {remedy}." for name, remedy in not_measured(curve).items()),
     ]
@@ -106,7 +107,7 @@ def _against_kl(axes: Axes, curve: Mapping[str, Any], score: str) -> None:
     axes.set_title(f"{score} ({kind})", fontsize=11)
     axes.set_xlabel("KL to the reference, nats per response")
     axes.set_ylabel(f"mean {score}")
-    axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+    axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
     tidy(axes)
 
 

@@ -169,16 +169,17 @@ def _ask(section: LlmJudgeSection, key: str | None, question: str) -> str:
         except urllib.error.HTTPError as error:
             if (error.code not in (408, 429) and error.code < 500) or attempt == section.retries:
                 raise _refused(url, section, error) from None
-            wait = _seconds(error.headers.get("Retry-After"), attempt)
+            wait, reason = _seconds(error.headers.get("Retry-After"), attempt), str(error.code)
         except (OSError, http.client.HTTPException) as error:  # URLError, timeouts and resets are OSErrors
+            reason = redact(str(getattr(error, "reason", error)) or type(error).__name__)
             if attempt == section.retries:
-                reason = redact(str(getattr(error, "reason", error)) or type(error).__name__)
                 raise UserError(
                     f"evaluate.llm_judge: no answer from {redact(url)} ({reason}): check the url, or raise "
                     "evaluate.llm_judge.timeout or retries"
                 ) from None
             wait = _seconds(None, attempt)
-        logger.info("llm judge: attempt %d of %d failed, the next in %.0f s", attempt + 1, section.retries + 1, wait)
+        attempts = (attempt + 1, section.retries + 1, reason, wait)
+        logger.info("llm judge: attempt %d of %d failed (%s), the next in %.0f s", *attempts)
         time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
