@@ -35,7 +35,7 @@ def counts_of(ctx: StageContext) -> Counts:
     if "sft" in ctx.inputs:
         config = AutoConfig.from_pretrained(str(ctx.inputs["sft"].model_dir), **trusted)
     elif recipe.pretrain and recipe.pretrain.architecture:
-        config = GPT2Config(**recipe.pretrain.architecture.model_dump())
+        config = GPT2Config(**recipe.pretrain.architecture.model_dump(), bos_token_id=None, eos_token_id=None)
     else:
         kwargs = trusted | ({"gguf_file": recipe.model.gguf_file} if recipe.model.gguf_file else {})
         base = models.base_path(recipe.model)

@@ -80,7 +80,9 @@ def new_model(architecture: Architecture, tokenizer: PreTrainedTokenizerBase, se
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # what it falls back to with a warning: transformers knows classes named so alone
+    return model
 
 
 def packed_blocks(
