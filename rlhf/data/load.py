@@ -77,7 +77,7 @@ def load_rows(
             counts.quarantine.check(recipe.max_bad_rows)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    _report(where, split, kind, rows, counts)
+    _report(where, split, kind, rows, counts, bool(recipe.clean))
     return rows
 
 
@@ -147,9 +147,11 @@ def _read_rows(path: Path) -> Iterator[Row]:
             yield json.loads(line)
 
 
-def _report(where: str, split: str, kind: str, rows: list[Row], counts: Counts) -> None:
+def _report(where: str, split: str, kind: str, rows: list[Row], counts: Counts, cleaned: bool) -> None:
     quarantine = counts.quarantine
     lost = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items() if count) or "none"
+    if cleaned and lost != "none":
+        lost += "; all splits together"  # the cleaned set counts them so
     if quarantine.count:
         first = quarantine.examples[0]
         logger.warning(
