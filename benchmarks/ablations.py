@@ -23,8 +23,10 @@ from benchmarks.start import provenance, with_measured
 from pipelines.sweep import share
 from rlhf.artifacts import Artifact
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "ablations.json"
+ENSEMBLES = ROOT / "results" / "ablations_ensembles.json"  # once more, on another machine, with the mean
+BLOCKS = {RESULTS: None, ENSEMBLES: "ensembles"}  # of the page
 PAGE = ROOT.parent / "docs" / "results.md"
 RECIPE = "tiny"
 BASE = "halves"
@@ -131,7 +133,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help=f"JSON file of all figures; {RESULTS.name} writes the page"
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help=f"JSON of all figures; {' and '.join(f.name for f in BLOCKS)} write the page",
     )
     parser.add_argument("--table", action="store_true", help=f"only write the table of {PAGE.name} from that file")
     return parser.parse_args(argv)
@@ -146,8 +151,9 @@ def main(argv: list[str] | None = None) -> None:
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     lines = table(json.loads(args.out.read_text(encoding="utf-8"))["settings"])
     print(lines)
-    if args.out == RESULTS:
-        PAGE.write_text(with_measured(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
+    if args.out.resolve() in BLOCKS:
+        page = with_measured(PAGE.read_text(encoding="utf-8"), lines, BLOCKS[args.out.resolve()])
+        PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -137,10 +137,11 @@ def test_a_measured_command_gives_its_table(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_table_of_single_settings_is_of_the_figures_that_are_kept() -> None:
     rows = {"a": [dict.fromkeys(ablations.COLUMNS.values(), value) for value in (1.0, 2.0, 3.0)]}
     assert ablations.table(rows).splitlines()[-1] == "| a | 3 |" + " 2.000 ± 1.000 |" * len(ablations.COLUMNS)
-    kept = json.loads(ablations.RESULTS.read_text(encoding="utf-8"))["settings"]
-    assert set(kept) <= set(ablations.SETTINGS)
-    page = ablations.PAGE.read_text(encoding="utf-8")
-    assert page == with_measured(page, ablations.table(kept)), "run `python -m benchmarks.ablations --table`"
+    for path, block in ablations.BLOCKS.items():
+        kept = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        assert set(kept) <= set(ablations.SETTINGS)
+        page = ablations.PAGE.read_text(encoding="utf-8")
+        assert page == with_measured(page, ablations.table(kept), block), "run `python -m benchmarks.ablations --table`"
 
 
 def marked(name: str, text: str) -> str:
