@@ -79,8 +79,8 @@ def finished(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def call(args: argparse.Namespace, step: Step, seconds: float) -> float | None:
-    """Run one step; the seconds it took, or None where the time was up and it left a checkpoint.
+def call(args: argparse.Namespace, step: Step, seconds: float) -> bool:
+    """Run one step; whether it is finished, or the time was up and it left a checkpoint.
 
     Raises:
         SystemExit: it failed; its log is named.
@@ -95,7 +95,6 @@ def call(args: argparse.Namespace, step: Step, seconds: float) -> float | None:
     stage, *more = step.command
     command = [sys.executable, "-m", f"pipelines.{stage}", "--recipe", args.recipe, "--run", step.run]
     path = args.artifacts / f"{step.run}.log"
-    started = time.monotonic()
     with open(path, "a", encoding="utf-8") as log:
         process = subprocess.Popen([*command, "--artifacts", str(args.artifacts), *more], stdout=log, stderr=log)
         try:
@@ -104,10 +103,10 @@ def call(args: argparse.Namespace, step: Step, seconds: float) -> float | None:
             process.send_signal(signal.SIGTERM)
             code = process.wait()
     if code in (128 + signal.SIGTERM, -signal.SIGTERM):  # the second: before it listened
-        return None
+        return False
     if code:
         raise SystemExit(f"error: {' '.join(command)}: exit code {code}, see {path}")
-    return time.monotonic() - started
+    return True
 
 
 def train(args: argparse.Namespace) -> bool:
@@ -119,13 +118,13 @@ def train(args: argparse.Namespace) -> bool:
         if finished(args.artifacts / step.run / step.name):
             continue
         left, began = ends - time.monotonic(), time.monotonic()
-        done = call(args, step, left) if left > STOPS else None
+        done = left > STOPS and call(args, step, left)
         key = f"{step.run}/{step.name}"
         spent[key] = round(spent.get(key, 0.0) + time.monotonic() - began, 1)
         times.write_text(json.dumps(spent), encoding="utf-8")
-        said = "stopped: the same command continues" if done is None else f"{done:.0f} s"
-        print(f"{key}: {said}", file=sys.stderr, flush=True)
-        if done is None:
+        said = "" if done else ", stopped: the same command continues"
+        print(f"{key}: {spent[key]:.0f} s{said}", file=sys.stderr, flush=True)
+        if not done:
             return False
     return True
 
