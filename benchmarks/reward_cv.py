@@ -31,6 +31,7 @@ import torch
 from trl import RewardConfig, SFTConfig
 
 from pipelines.cli import keep_freed_memory
+from rlhf.artifacts import sha256_json, write_json
 from rlhf.data import Renderer, load_data_recipe, load_rows
 from rlhf.data.splits import group_key
 from rlhf.evaluation.statistics import bootstrap_interval
@@ -133,6 +134,18 @@ def right(margins: np.ndarray) -> np.ndarray:
     return (margins > 0) + 0.5 * (margins == 0)
 
 
+def tfidf_verdicts(kept: Path, training: list[Row], rows: list[Row]) -> list[float]:
+    """TF-IDF's, fitted on the training pairs of one set; kept for the next reward model on these folds."""
+    pairs = {"training": len(training), "chosen": [row["chosen"] for row in rows]}
+    key = sha256_json(pairs)
+    found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    if key not in found:
+        found = {key: right(tfidf_baseline(training, rows).margins).tolist()}
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, found)
+    return found[key]
+
+
 def run_fold(args: argparse.Namespace, sets: dict[str, list[Row]], fold: int, root: Path) -> dict[str, Any]:
     """Train without a fold, measure on it; per set the rows' verdicts of both models."""
     known = {name: folds_of(rows, args.folds, args.seed) for name, rows in sets.items()}
@@ -151,7 +164,7 @@ def run_fold(args: argparse.Namespace, sets: dict[str, list[Row]], fold: int, ro
         result["sets"][name] = {
             "prompts": [group_key(row["prompt"]) for row in rows],
             "model": right(margins).tolist(),
-            "tfidf": right(tfidf_baseline(training[name], rows).margins).tolist(),
+            "tfidf": tfidf_verdicts(root / f"tfidf-{name}-{args.folds}-{args.seed}-{fold}.json", training[name], rows),
             "shorter": [len(row["chosen"]) < len(row["rejected"]) for row in rows],
             "too_long": len(held[name]) - len(rows),
         }

@@ -185,6 +185,8 @@ def test_the_real_model_passes_every_stage_and_once_more_with_lora(tmp_path: Pat
     assert "peft.r=16" in plan[-1].command and "peft.r=16" not in plan[-4].command
     only = real_model.steps(real_model_args(tmp_path, "--only", "ci-lora", "sft"))
     assert [step.name for step in only] == ["sft", "reward", "ppo", "evaluate"]
+    one = real_model.steps(real_model_args(tmp_path, "--only", "ci-lora/ppo", "--lora-set", "peft.r=8"))
+    assert [(step.run, step.name, step.command[-1]) for step in one] == [("ci-lora", "ppo", "peft.r=8")]
 
 
 def test_the_section_of_the_real_model_is_of_the_figures_that_are_kept() -> None:
