@@ -1,5 +1,7 @@
 """Slots sample what transformers' `generate` samples, in whatever order responses end and slots are filled again."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -17,13 +19,13 @@ from tests.tolerances import assert_close
 PROMPTS = [[1, 40 + i % 20, 50 + 3 * i % 30, 44][: 1 + i % 4] for i in range(40)]
 
 
-def llama(tokenizer):
+def llama(tokenizer, layers=2):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=tokenizer.pad_token_id,
@@ -210,3 +212,25 @@ def test_the_sampling_copy_of_a_model_with_shared_keys_samples_as_the_model_itse
     assert copied.model.config._attn_implementation != policy.config._attn_implementation
     assert torch.equal(mine.response_ids, plain.response_ids)
     assert_close(mine.logprobs, plain.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_all_blocks_share_the_compilations_of_a_step_for_any_number_of_slots_and_length(architecture, monkeypatch):
+    """With torch's own kernels, so that it is fast here: what is compiled how often is decided before."""
+    tokenizer = build_tokenizer()
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    policy = lively(build_model(tokenizer, n_layer=5)) if architecture == "gpt2" else llama(tokenizer, layers=5)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    sides = [
+        CompiledGenerator(policy, pad, eos, slots, dtype=torch.float64, compiled=on)
+        for slots, on in ((24, False), (24, True))
+    ]
+    torch._dynamo.utils.counters.clear()
+    for count, width, length in ((24, 3, 12), (20, 6, 12), (6, 3, 12), (24, 90, 12), (40, 5, 20)):
+        prompts = [[5 + (7 * i + j) % 40 for j in range(1 + (i + width) % width)] for i in range(count)]
+        plain, mine = (side.generate(prompts, uniforms(count, length, 7), 0.9) for side in sides)
+        assert torch.equal(mine.response_ids, plain.response_ids)
+        assert_close(mine.logprobs, plain.logprobs, atol=1e-9)
+    # A block and the draw, each once more when a size first changes.
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4

@@ -7,6 +7,7 @@ longest response. Each slot has a position of its own in the cache; the graph se
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -32,6 +33,7 @@ LENGTH_BUCKET = 64  # cache lengths are multiples of it, so that few graphs are 
 SHRINK, SMALLEST = 4, 16  # the last responses go on in a cache of a quarter of the slots, of no fewer than 16
 MAX_KEPT = 6  # sizes of slots whose cache and graph are kept
 GROUPED = "rlhf_grouped_sdpa"
+logger = logging.getLogger(__name__)
 PREFILL_TOKENS = 65_536  # of one prefill: bounds its activations
 
 
@@ -77,7 +79,7 @@ class SlotLayer(CacheLayerMixin):
         """Keys seen by a query, and their offset."""
         return self.length, 0
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self, *_: object) -> int:
         """Unused: positions are given to each forward."""
         return 0
 
@@ -86,6 +88,10 @@ class SlotLayer(CacheLayerMixin):
         return self.length
 
     get_max_cache_shape = get_max_length  # its name in transformers before 5.20
+
+
+class SlotCache(Cache):
+    """The layers of `Slots`; `compile_layers` knows by it that a forward is of one token."""
 
 
 class Slots:
@@ -107,7 +113,7 @@ class Slots:
         self.uniforms, self.logprobs = (zeros(slots, budget, dtype=torch.float32) for _ in range(2))
         self.ids = zeros(slots, budget)
         self.layers: list[Any] = [SlotLayer(self.position, length) for _ in range(layers)]
-        self.cache = Cache(layers=self.layers)
+        self.cache = SlotCache(layers=self.layers)
         self.rows, self.columns = (torch.arange(n, device=device) for n in (slots, length))
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -147,7 +153,7 @@ class CompiledGenerator:
         slots: responses under way at once; more prompts wait for a free slot.
         dtype: of matrix products.
         active: context in which the policy's own adapter is active (LoRA).
-        compiled: torch.compile the step of the copy: faster, and half a minute or more before the first token.
+        compiled: torch.compile the step of the copy: faster, and seconds before the first token.
     """
 
     def __init__(
@@ -164,7 +170,10 @@ class CompiledGenerator:
         self.active = active
         self.copied = dtype != torch.float32
         self.model: Any = sampling_copy(policy, dtype) if self.copied else policy
-        self.step = torch.compile(self._step, dynamic=False) if compiled and self.copied else self._step
+        self.draw = _draw
+        if compiled and self.copied:
+            compile_layers(self.model)
+            self.draw = torch.compile(_draw)
         self.slots: dict[tuple, Slots] = {}  # the one used last comes last
 
     @property
@@ -199,7 +208,7 @@ class CompiledGenerator:
                 if waiting and (not owner or len(free) >= REFILL_SHARE * slots.size):
                     owner |= self._admit(slots, free, waiting, prompts, noise, temperature, top_p)
                 for _ in range(STEPS_PER_CHECK if slots.graph else 1):
-                    slots.graph.replay() if slots.graph else self.step(slots, temperature, top_p)
+                    slots.graph.replay() if slots.graph else self._step(slots, temperature, top_p)
         mask = torch.arange(budget, device=self.device) < out.count.unsqueeze(1)
         return Generated(
             response_ids=torch.where(mask, out.ids, self.pad_id),
@@ -229,11 +238,11 @@ class CompiledGenerator:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.step(slots, temperature, top_p)  # compiles; libraries choose their kernels
+            self._step(slots, temperature, top_p)  # compiles; libraries choose their kernels
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.step(slots, temperature, top_p)
+            self._step(slots, temperature, top_p)
         slots.graph = graph
         count_recording()
 
@@ -249,7 +258,7 @@ class CompiledGenerator:
             use_cache=True,
         ).logits[:, -1]
         noise = slots.uniforms[slots.rows, slots.count.clamp(max=slots.budget - 1)]
-        tokens, logprobs = _draw(logits, noise, temperature, top_p)
+        tokens, logprobs = self.draw(logits, noise, temperature, top_p)
         slots.position.add_(slots.active).clamp_(max=slots.length - 1)
         slots.append(slots.rows, tokens, logprobs, self.eos_id)
 
@@ -315,6 +324,38 @@ def sampling_copy(policy: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMode
     plain.requires_grad_(False).eval()
     plain.set_attn_implementation(GROUPED)
     return plain.to(dtype)
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """torch.compile what each block of a sampling copy does to one new token, in place.
+
+    All blocks share one compilation, for any number of slots and any length: each is given its own layer of the cache,
+    where the whole cache and a layer's number would make 30 programs of 30 equal blocks. (The whole step as one program
+    took one to two minutes to compile at 30 layers, and again for every new size.) Prompts are read without it.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    layers = model.config.get_text_config().num_hidden_layers
+    if len(blocks) != layers:
+        logger.warning("sampling is not compiled: %d blocks, %d layers of the cache", len(blocks), layers)
+        return
+    for index, block in enumerate(blocks):
+        block.forward = _step_of(block.forward, index)
+
+
+def _step_of(plain: Callable[..., Any], index: int) -> Callable[..., Any]:
+    """`plain`, the forward of block `index`, compiled where it is given a `SlotCache` whose memory is there."""
+    compiled = torch.compile(plain, dynamic=True)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, SlotCache)), None)
+        if cache is None or not cache.layers[index].is_initialized:
+            return plain(*args, **kwargs)
+        layer = cache.layers[index]
+        args = tuple(layer if value is cache else value for value in args)
+        return compiled(*args, **{key: layer if value is cache else value for key, value in kwargs.items()})
+
+    return forward
 
 
 def grouped_attention(
