@@ -29,6 +29,7 @@ from rlhf.checkpoints import check_environment, environment, newest_whole, seal
 from rlhf.data import load_data_recipe, ordered_by_difficulty
 from rlhf.errors import UserError
 from rlhf.interrupt import Interrupted, finish_step_first, requested
+from rlhf.lengths import LengthSampler
 from rlhf.logs import trainer_callback
 from rlhf.models import check_saved, check_tensors, compute_dtype, load_model, save_adapter, save_model, save_tokenizer
 from rlhf.stage import StageContext
@@ -216,6 +217,18 @@ class ExactResume(Trainer):
     keep: int
     began: float
     stopped_by = 0
+
+    def row_lengths(self) -> list[int]:
+        """Tokens of each training row."""
+        rows: Any = self.train_dataset
+        return [len(ids) for ids in rows["input_ids"]]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args = self.args
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthSampler(self.row_lengths(), batch, args.seed, lambda: int(self.state.epoch or 0))
 
     def prepare_resume(self, ctx: StageContext, checkpoint: Path | None) -> None:
         """Read what `checkpoint` says of the run so far, and drop the log rows that came after it."""

@@ -41,7 +41,7 @@ from rlhf.models import (
 from rlhf.ppo.packing import GRAPHS
 from rlhf.recipe import Recipe
 from rlhf.reward import report
-from rlhf.reward.batches import EXTRA, LengthSampler, PairCollator, pair_lengths
+from rlhf.reward.batches import EXTRA, PairCollator, pair_lengths
 from rlhf.reward.objective import Objective, frozen_head
 from rlhf.reward.probes import check_finite
 from rlhf.sampling import SAMPLED_WITH, score_sequences
@@ -105,12 +105,9 @@ class ExactRewardTrainer(ExactResume, RewardTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = sorted({*(self._signature_columns or ()), *EXTRA})
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        args = self.args
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthSampler(pair_lengths(self.train_dataset), batch, args.seed, lambda: int(self.state.epoch or 0))
+    def row_lengths(self) -> list[int]:
+        """Tokens of the longer sequence of each pair."""
+        return pair_lengths(self.train_dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         lengths = pair_lengths(eval_dataset)

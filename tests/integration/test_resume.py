@@ -49,6 +49,7 @@ PPO = {
 STAGES = {
     "sft": (sft.STAGE, trainers),
     "sft-lora": (sft.STAGE, trainers),
+    "sft-by-length": (sft.STAGE, trainers),
     "reward": (reward.STAGE, trainers),
     "ppo": (ppo_stage.STAGE, ppo_trainer),
 }
@@ -73,7 +74,8 @@ class Case:
             tokenizer = build_tokenizer()
             build_model(tokenizer).save_pretrained(root / "base")
             tokenizer.save_pretrained(root / "base")
-            self.recipe = build_recipe(root, peft=peft, sft=SFT | {"trainer": TRAINER})
+            order = {"train_sampling_strategy": "group_by_length"} if name == "sft-by-length" else {}
+            self.recipe = build_recipe(root, peft=peft, sft=SFT | {"trainer": TRAINER | order})
 
     def run(self) -> Artifact:
         return run_stage(self.stage, self.recipe, self.root, "toy")
@@ -118,7 +120,7 @@ def whole(tmp_path_factory):
 
 
 # 5: between rows and checkpoints. 6: the end of an epoch, with its evaluation. 12: the last step.
-STOPS = [("sft", 5), ("sft", 6), ("sft", 12), ("sft-lora", 5), ("reward", 8), ("ppo", 5)]
+STOPS = [("sft", 5), ("sft", 6), ("sft", 12), ("sft-lora", 5), ("sft-by-length", 8), ("reward", 8), ("ppo", 5)]
 
 
 @pytest.mark.parametrize(("name", "step"), STOPS)
@@ -129,6 +131,10 @@ def test_sigterm_saves_and_the_next_run_ends_as_if_nothing_had_been(tmp_path, mo
     assert stopped.number == signal.SIGTERM and f"step {step} of {last} is done and saved" in str(stopped)
     assert case.checkpoints()[-1] in (f"checkpoint-{step}", f"step_{step:06d}")
     assert essence(case.run()) == whole(name)
+
+
+def test_rows_of_like_length_go_together_where_the_recipe_says_so(whole):
+    assert whole("sft-by-length") != whole("sft")
 
 
 def flip_a_bit(path: Path) -> None:

@@ -5,8 +5,9 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
+from rlhf.lengths import LengthSampler
 from rlhf.models import new_reward_model, save_model
-from rlhf.reward.batches import LengthSampler, PairCollator, pair_lengths
+from rlhf.reward.batches import PairCollator, pair_lengths
 from rlhf.reward.train import STAGE, reward_trainer, wants_compile
 from rlhf.stage import StageContext
 from rlhf.trainers import trainer_args
