@@ -76,15 +76,19 @@ def steps(args: argparse.Namespace) -> Iterator[Step]:
     return (step for step in plan if not only or {step.run, step.name, f"{step.run}/{step.name}"} & only)
 
 
-def seconds_file(args: argparse.Namespace) -> Path:
-    """Where the seconds of each step are."""
-    return args.artifacts / f"{args.name}.seconds.json"
-
-
 def seconds_spent(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each step so far, over all calls."""
-    path = seconds_file(args)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Seconds of each step so far, over all calls; a file for each, since calls may run side by side."""
+    folder = args.artifacts / f"{args.name}.seconds"
+    return {f"{path.parent.name}/{path.name}": float(path.read_text()) for path in sorted(folder.glob("*/*"))}
+
+
+def add_seconds(args: argparse.Namespace, key: str, seconds: float) -> float:
+    """Seconds of step `key` (run/name), these added."""
+    path = args.artifacts / f"{args.name}.seconds" / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    total = round(seconds + (float(path.read_text()) if path.is_file() else 0.0), 1)
+    path.write_text(f"{total}\n")
+    return total
 
 
 def finished(folder: Path) -> bool:
@@ -131,11 +135,9 @@ def train(args: argparse.Namespace) -> bool:
         left, began = ends - time.monotonic(), time.monotonic()
         done = left > STOPS and call(args, step, left)
         key = f"{step.run}/{step.name}"
-        spent = seconds_spent(args)  # read anew: a second call may run other steps beside this one
-        spent[key] = round(spent.get(key, 0.0) + time.monotonic() - began, 1)
-        seconds_file(args).write_text(json.dumps(spent), encoding="utf-8")
+        spent = add_seconds(args, key, time.monotonic() - began)
         said = "" if done else ", stopped: the same command continues"
-        print(f"{key}: {spent[key]:.0f} s{said}", file=sys.stderr, flush=True)
+        print(f"{key}: {spent:.0f} s{said}", file=sys.stderr, flush=True)
         if not done:
             return False
     return True
@@ -212,7 +214,8 @@ def frontier_line(comparison: dict[str, Any]) -> str:
 
 def _pairs(metrics: dict[str, Any]) -> str:
     lead = metrics["accuracy"] - metrics["accuracy_tfidf"]
-    return f"accuracy {metrics['accuracy']:.3f}, TF-IDF {metrics['accuracy_tfidf']:.3f} ({lead:+.3f})"
+    accuracy = f"{metrics['accuracy']:.3f} [{metrics['accuracy_low']:.3f}, {metrics['accuracy_high']:.3f}]"
+    return f"accuracy {accuracy} on {metrics['pairs']} pairs, TF-IDF {metrics['accuracy_tfidf']:.3f} ({lead:+.3f})"
 
 
 SAYS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -190,6 +190,8 @@ def report(results: list[dict[str, Any]]) -> str:
         if rows:
             cells = [spread([row["curve"][-1][name] for row in rows]) for name in measures]
             lines.append(f"| {side} | {len(rows)} | " + " | ".join(cells) + " |")
+    for row in results:
+        lines += curve_lines(row, measures)
     for measure in scores:
         lines += equal_kl_lines(at_equal_kl(results, measure), measure)
     for measure in scores:
@@ -199,6 +201,16 @@ def report(results: list[dict[str, Any]]) -> str:
             times += f"{row['ours']:.0f} s ({share:.2f})" if np.isfinite(share) else "never"
             lines += ["", f"seed {row['seed']}, {measure} {row['score']:.3f}: {times}"]
     return "\n".join(lines)
+
+
+def curve_lines(result: dict[str, Any], measures: list[str]) -> list[str]:
+    """Table of the policies that one run saved."""
+    lines = ["", f"| {result['side']}, seed {result['seed']}: update | seconds | " + " | ".join(measures) + " |"]
+    lines.append("| --- " * (len(measures) + 2) + "|")
+    for point in result["curve"]:
+        cells = " | ".join(f"{point[name]:.3f}" for name in measures)
+        lines.append(f"| {point['step']} | {point['seconds']:.0f} | {cells} |")
+    return lines
 
 
 def equal_kl_lines(rows: list[dict[str, float]], measure: str) -> list[str]:

@@ -196,6 +196,12 @@ def test_the_section_of_the_real_model_is_of_the_figures_that_are_kept() -> None
     assert page == with_measured(page, written, "real_model"), "run `python -m benchmarks.real_model --table`"
 
 
+def test_the_first_updates_of_the_page_are_of_their_file() -> None:
+    kept = json.loads((real_model.ROOT / "results" / "learning_smollm2_ours.json").read_text(encoding="utf-8"))
+    page = real_model.PAGE.read_text(encoding="utf-8")
+    assert page == with_measured(page, report(kept["results"]), "first_updates")
+
+
 def test_the_time_of_a_step_that_was_stopped_is_kept_and_nothing_is_run_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,8 +209,8 @@ def test_the_time_of_a_step_that_was_stopped_is_kept_and_nothing_is_run_after_it
     monkeypatch.setattr(real_model, "call", lambda args, step, seconds: next(answers))
     args = real_model_args(tmp_path, "--only", "pretrain", "sft")
     assert not real_model.train(args)  # pretrain is finished, sft was stopped
-    spent = json.loads((tmp_path / "ci.seconds.json").read_text(encoding="utf-8"))
-    assert list(spent) == ["ci/pretrain", "ci/sft"]
+    assert list(real_model.seconds_spent(args)) == ["ci/pretrain", "ci/sft"]
+    assert real_model.add_seconds(args, "ci/sft", 100.0) >= 100.0
     (tmp_path / "ci" / "pretrain").mkdir(parents=True)
     (tmp_path / "ci" / "pretrain" / "manifest.json").touch()
     assert real_model.train(args) and next(answers, None) is None
