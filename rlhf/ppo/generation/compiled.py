@@ -330,8 +330,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile what each block of a sampling copy does to one new token, in place.
 
     All blocks share one compilation, for any number of slots and any length: each is given its own layer of the cache,
-    where the whole cache and a layer's number would make 30 programs of 30 equal blocks. (The whole step as one program
-    took one to two minutes to compile at 30 layers, and again for every new size.) Prompts are read without it.
+    where the whole cache and a layer's number would make 30 programs of 30 equal blocks. The whole step as one program
+    has all 30 in it, and is compiled again for every new size. Prompts are read without it.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
