@@ -3,6 +3,7 @@
     export RLHF_DATA=/folder/of/the/data
     python -m benchmarks.real_model smollm2-harmless                # the section "A real model" of docs/results.md
     python -m benchmarks.real_model smollm2-harmless --minutes 9    # stops in time; the same command continues
+    python -m benchmarks.real_model smollm2-harmless --gpus 0 1     # what does not depend on each other, side by side
     python -m benchmarks.real_model --table                         # writes the section again
 
 Run `smollm2-harmless` is the recipe's: SFT, a reward model of each half of the pairs, PPO on the first one, evaluate by
@@ -15,11 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,14 @@ NEW = "/new"  # of pipelines.chat: forget the conversation
 NOT_YET = "Not measured yet."
 STOPS = 60.0  # seconds that a stage gets to write its checkpoint
 HELD_BACK = "reward_b"
+TAKEN_OVER = ("sft", HELD_BACK)  # by the run with LoRA
+NEEDS = {
+    "sft": ["pretrain"],
+    "reward": ["sft"],
+    HELD_BACK: ["sft"],
+    "ppo": ["sft", "reward"],
+    "evaluate": ["ppo", HELD_BACK],
+}
 LORA = ["peft.r=16", "peft.stages=[reward, ppo]", "ppo.max_tokens_per_micro_batch=4096"]
 LORA += ["reward.trainer.learning_rate=3e-4", "ppo.learning_rate=1e-4"]  # adapters take ten times that of full weights
 PROMPTS = (
@@ -96,24 +108,31 @@ def finished(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def call(args: argparse.Namespace, step: Step, seconds: float) -> bool:
+def needs(args: argparse.Namespace, step: Step) -> list[Path]:
+    """Artifacts that have to be there before a step; SFT and the held-back reward model are of the first run."""
+    names = NEEDS.get(step.name, [])
+    return [args.artifacts / (args.name if name in TAKEN_OVER else step.run) / name for name in names]
+
+
+def call(args: argparse.Namespace, step: Step, seconds: float, gpu: str | None = None) -> bool:
     """Run one step; whether it is finished, or the time was up and it left a checkpoint.
 
     Raises:
-        SystemExit: it failed; its log is named.
+        SystemExit: it failed, and its log is named; or it needs what is not there.
     """
-    folder = args.artifacts / step.run
+    folder, first = args.artifacts / step.run, args.artifacts / args.name
     folder.mkdir(parents=True, exist_ok=True)
-    if step.run != args.name:
-        missing = [name for name in ("sft", HELD_BACK) if not finished(args.artifacts / args.name / name)]
-        if missing:
-            raise SystemExit(f"error: no finished {missing[0]} in {args.artifacts / args.name}: run it first")
-        link(args.artifacts / args.name, folder, ["sft", HELD_BACK])
+    missing = [path for path in needs(args, step) if path.name != "pretrain" and not finished(path)]
+    if missing:
+        raise SystemExit(f"error: no finished {missing[0].name} in {missing[0].parent}: run it first")
+    if folder != first:
+        link(first, folder, [name for name in TAKEN_OVER if finished(first / name)])
     stage, *more = step.command
     command = [sys.executable, "-m", f"pipelines.{stage}", "--recipe", args.recipe, "--run", step.run]
-    path = args.artifacts / f"{step.run}.log"
+    path, env = args.artifacts / f"{step.run}.log", os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     with open(path, "a", encoding="utf-8") as log:
-        process = subprocess.Popen([*command, "--artifacts", str(args.artifacts), *more], stdout=log, stderr=log)
+        whole = [*command, "--artifacts", str(args.artifacts), *more]
+        process = subprocess.Popen(whole, stdout=log, stderr=log, env=env)
         try:
             code = process.wait(max(seconds - STOPS, 1.0))
         except subprocess.TimeoutExpired:
@@ -126,21 +145,54 @@ def call(args: argparse.Namespace, step: Step, seconds: float) -> bool:
     return True
 
 
+class Plan:
+    """Steps that are missing, taken by one worker for each GPU as soon as what they need is there."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.ends = args, time.monotonic() + 60 * args.minutes
+        self.waiting = [step for step in steps(args) if not finished(args.artifacts / step.run / step.name)]
+        self.running: list[Step] = []
+        self.stopped = False
+        self.changed = threading.Condition()
+
+    def take(self) -> Step | None:
+        """The next step, waiting for others to end where all depend on them; None where nothing is left to do."""
+        with self.changed:
+            while self.waiting and not self.stopped:
+                made = {self.args.artifacts / step.run / step.name for step in (*self.waiting, *self.running)}
+                ready = (step for step in self.waiting if not made & set(needs(self.args, step)))
+                step = next(ready, None)
+                if step is not None:
+                    self.waiting.remove(step)
+                    self.running.append(step)
+                    return step
+                self.changed.wait()
+        return None
+
+    def work(self, gpu: str | None) -> None:
+        """Take and run steps until nothing is left, the time is up or one failed."""
+        while (step := self.take()) is not None:
+            began, left, done = time.monotonic(), self.ends - time.monotonic(), False
+            try:
+                done = left > STOPS and call(self.args, step, left, gpu)
+            finally:
+                with self.changed:
+                    self.running.remove(step)
+                    self.stopped |= not done
+                    self.changed.notify_all()
+            key = f"{step.run}/{step.name}"
+            spent = add_seconds(self.args, key, time.monotonic() - began)
+            said = "" if done else ", stopped: the same command continues"
+            print(f"{key}: {spent:.0f} s{said}", file=sys.stderr, flush=True)
+
+
 def train(args: argparse.Namespace) -> bool:
     """Run what is missing while there is time; whether all of it is there."""
-    ends = time.monotonic() + 60 * args.minutes
-    for step in steps(args):
-        if finished(args.artifacts / step.run / step.name):
-            continue
-        left, began = ends - time.monotonic(), time.monotonic()
-        done = left > STOPS and call(args, step, left)
-        key = f"{step.run}/{step.name}"
-        spent = add_seconds(args, key, time.monotonic() - began)
-        said = "" if done else ", stopped: the same command continues"
-        print(f"{key}: {spent:.0f} s{said}", file=sys.stderr, flush=True)
-        if not done:
-            return False
-    return True
+    plan, gpus = Plan(args), args.gpus or [None]
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        for worker in [pool.submit(plan.work, gpu) for gpu in gpus]:
+            worker.result()
+    return not plan.stopped
 
 
 def answers(args: argparse.Namespace, run: str) -> str:
@@ -237,6 +289,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="the same for every stage")
     parser.add_argument("--lora-set", nargs="+", default=[], metavar="section.key=value", help="more for the LoRA run")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="artifact directory")
+    parser.add_argument("--gpus", nargs="+", metavar="NUMBER", help="GPUs on which steps run side by side")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop in time; the same command continues")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these artifacts, runs, or run/artifact")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_the_time_of_a_step_that_was_stopped_is_kept_and_nothing_is_run_after_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([True, False, True])
-    monkeypatch.setattr(real_model, "call", lambda args, step, seconds: next(answers))
+    monkeypatch.setattr(real_model, "call", lambda *args: next(answers))
     args = real_model_args(tmp_path, "--only", "pretrain", "sft")
     assert not real_model.train(args)  # pretrain is finished, sft was stopped
     assert list(real_model.seconds_spent(args)) == ["ci/pretrain", "ci/sft"]
@@ -214,6 +215,39 @@ def test_the_time_of_a_step_that_was_stopped_is_kept_and_nothing_is_run_after_it
     (tmp_path / "ci" / "pretrain").mkdir(parents=True)
     (tmp_path / "ci" / "pretrain" / "manifest.json").touch()
     assert real_model.train(args) and next(answers, None) is None
+
+
+@pytest.mark.parametrize("gpus", [["0"], ["0", "1", "2"]])
+def test_steps_run_side_by_side_as_soon_as_what_they_need_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: list[str]
+) -> None:
+    made: list[str] = []
+    took: set[str] = set()
+    args = real_model_args(tmp_path, "--gpus", *gpus)
+
+    def call(args: Namespace, step: real_model.Step, seconds: float, gpu: str) -> bool:
+        for path in real_model.needs(args, step):
+            assert f"{path.parent.name}/{path.name}" in made
+        took.add(gpu)
+        time.sleep(0.05)
+        made.append(f"{step.run}/{step.name}")
+        return True
+
+    monkeypatch.setattr(real_model, "call", call)
+    assert real_model.train(args)
+    assert made[:2] == ["ci/pretrain", "ci/sft"] and len(set(made)) == len(made) == 9
+    assert took == set(gpus)
+
+
+def test_one_step_that_fails_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(args: Namespace, step: real_model.Step, seconds: float, gpu: str) -> bool:
+        if step.name == "sft":
+            raise SystemExit("error: exit code 2")
+        return True
+
+    monkeypatch.setattr(real_model, "call", call)
+    with pytest.raises(SystemExit, match="exit code 2"):
+        real_model.train(real_model_args(tmp_path, "--gpus", "0", "1"))
 
 
 @pytest.mark.parametrize(("ends", "said"), [("143", False), ("0", True), ("2", SystemExit)])
