@@ -17,6 +17,7 @@ SETTINGS = (
     "ppo.critic_init=sft",
     "ppo.learning_rate=5e-4",
     "ppo.total_episodes=2048",
+    "ppo.best_metric=null",  # the last step is published, whichever was best on this machine
     "evaluate.prompts=192",
     "evaluate.frontier_prompts=192",
     "evaluate.perplexity_rows=0",
