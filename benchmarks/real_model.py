@@ -118,13 +118,10 @@ def call(args: argparse.Namespace, step: Step, seconds: float, gpu: str | None =
     """Run one step; whether it is finished, or the time was up and it left a checkpoint.
 
     Raises:
-        SystemExit: it failed, and its log is named; or it needs what is not there.
+        SystemExit: it failed; its log is named.
     """
     folder, first = args.artifacts / step.run, args.artifacts / args.name
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [path for path in needs(args, step) if path.name != "pretrain" and not finished(path)]
-    if missing:
-        raise SystemExit(f"error: no finished {missing[0].name} in {missing[0].parent}: run it first")
     if folder != first:
         link(first, folder, [name for name in TAKEN_OVER if finished(first / name)])
     stage, *more = step.command

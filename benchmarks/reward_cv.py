@@ -46,6 +46,7 @@ from rlhf.trainers import trainer_args
 from rlhf.yamlio import validate
 
 Row = dict[str, Any]
+RUN = "cv"  # folder below the artifact directory
 
 
 def folds_of(rows: Sequence[Row], folds: int, seed: int) -> list[int]:
@@ -97,7 +98,7 @@ def tuned_base(args: argparse.Namespace, ctx: StageContext, renderer: Renderer, 
 
 def train(args: argparse.Namespace, recipe: Recipe, rows: list[Row], root: Path) -> tuple[list[Any], Renderer, float]:
     """Reward models of `rows`, `--members` of them, their renderer, and the seconds that all training took."""
-    ctx = StageContext(reward.STAGE, recipe, root, "cv")
+    ctx = StageContext(reward.STAGE, recipe, root, RUN)
     ctx.dir.mkdir(parents=True, exist_ok=True)
     check_position_limit(args.base, recipe.reward.max_length, "max_length")
     tokenizer = load_tokenizer(args.base)
@@ -136,12 +137,10 @@ def right(margins: np.ndarray) -> np.ndarray:
 
 def tfidf_verdicts(kept: Path, training: list[Row], rows: list[Row]) -> list[float]:
     """TF-IDF's, fitted on the training pairs of one set; kept for the next reward model on these folds."""
-    pairs = {"training": len(training), "chosen": [row["chosen"] for row in rows]}
-    key = sha256_json(pairs)
+    key = sha256_json([[(row["chosen"], row["rejected"]) for row in part] for part in (training, rows)])
     found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     if key not in found:
         found = {key: right(tfidf_baseline(training, rows).margins).tolist()}
-        kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, found)
     return found[key]
 
@@ -160,11 +159,12 @@ def run_fold(args: argparse.Namespace, sets: dict[str, list[Row]], fold: int, ro
     result: dict[str, Any] = {"fold": fold, "train_pairs": len(mixed), "seconds": seconds, "sets": {}}
     for name in held:
         pairs, rows = reward.rendered_pairs(held[name], renderer, recipe.reward.max_length, name)
+        kept = root / RUN / f"tfidf-{name}-{args.folds}-{args.seed}-{fold}.json"
         margins = margins_of(members, renderer, pairs)
         result["sets"][name] = {
             "prompts": [group_key(row["prompt"]) for row in rows],
             "model": right(margins).tolist(),
-            "tfidf": tfidf_verdicts(root / f"tfidf-{name}-{args.folds}-{args.seed}-{fold}.json", training[name], rows),
+            "tfidf": tfidf_verdicts(kept, training[name], rows),
             "shorter": [len(row["chosen"]) < len(row["rejected"]) for row in rows],
             "too_long": len(held[name]) - len(rows),
         }

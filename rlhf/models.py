@@ -538,13 +538,18 @@ def keep_residuals_in(dtype: torch.dtype, model: PreTrainedModel) -> None:
         model.get_input_embeddings().register_forward_hook(rounded)
 
 
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model, in order, as transformers names their classes; none where it does not."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile each transformer block in place. All blocks of a model share one compilation, for any shape."""
     torch._dynamo.config.recompile_limit = 64  # adapters, gradient on or off, dtypes: more variants than its default 8
-    names = set(getattr(model, "_no_split_modules", None) or ())
+    for block in transformer_blocks(model):
+        block.compile(dynamic=True)
     for module in model.modules():
-        if type(module).__name__ in names:
-            module.compile(dynamic=True)
         if isinstance(module, PreTrainedModel):
             module.blocks_compiled = True  # the log-probabilities after them are then compiled, too
 

@@ -264,8 +264,6 @@ def test_a_stage_is_asked_to_stop_in_time(tmp_path: Path, monkeypatch: pytest.Mo
     else:
         assert real_model.call(args, step, 1.0) is said
     assert (tmp_path / "ci.log").read_text(encoding="utf-8") == "began\n"
-    with pytest.raises(SystemExit, match=r"no finished sft in .*ci: run it first"):
-        real_model.call(args, real_model.Step("ci-lora", "ppo", ["ppo"]), 1.0)
 
 
 @pytest.mark.parametrize("name", figures.BLOCKS)

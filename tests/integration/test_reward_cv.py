@@ -47,6 +47,20 @@ def test_every_pair_is_in_one_fold_and_the_words_that_decide_are_found(tmp_path,
         measured(monkeypatch, tmp_path, "--members", "1")
 
 
+def test_tfidf_is_fitted_once_for_all_reward_models_on_the_same_folds(tmp_path, monkeypatch):
+    fitted = []
+    plain = reward_cv.tfidf_baseline
+    monkeypatch.setattr(reward_cv, "tfidf_baseline", lambda *args: fitted.append(args) or plain(*args))
+    first = measured(monkeypatch, tmp_path, "trainer.num_train_epochs=1")
+    (tmp_path / "cv.json").unlink()
+    second = measured(monkeypatch, tmp_path, "trainer.num_train_epochs=1", "loss=smoothed")
+    verdicts = [[fold["sets"]["preference"]["tfidf"] for fold in state["folds"]] for state in (first, second)]
+    assert verdicts[0] == verdicts[1] and len(fitted) == 2  # one for each fold
+    reward_cv.tfidf_verdicts(tmp_path / "kept.json", [*honest_pairs(20, seed=1)], honest_pairs(5, seed=2))
+    reward_cv.tfidf_verdicts(tmp_path / "kept.json", [*honest_pairs(20, seed=3)], honest_pairs(5, seed=2))
+    assert len(fitted) == 4  # other pairs
+
+
 def test_the_base_may_first_be_tuned_on_the_same_folds(tmp_path, monkeypatch):
     bases = []
     plain = reward_cv.new_reward_model

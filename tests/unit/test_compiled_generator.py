@@ -234,3 +234,12 @@ def test_all_blocks_share_the_compilations_of_a_step_for_any_number_of_slots_and
         assert_close(mine.logprobs, plain.logprobs, atol=1e-9)
     # A block and the draw, each once more when a size first changes.
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+def test_a_model_whose_blocks_are_not_its_layers_is_sampled_as_it_is(monkeypatch, caplog):
+    tokenizer = build_tokenizer()
+    policy = build_model(tokenizer, n_layer=2)
+    policy._no_split_modules = ["GPT2Attention", "GPT2MLP"]
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    CompiledGenerator(policy, tokenizer.pad_token_id, tokenizer.eos_token_id, dtype=torch.float64, compiled=True)
+    assert "sampling is not compiled: 4 blocks, 2 layers" in caplog.text

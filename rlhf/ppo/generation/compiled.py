@@ -21,9 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rlhf.graphs import count_recording
-from rlhf.models import keep_last, position_ids
+from rlhf.models import keep_last, position_ids, transformer_blocks
 from rlhf.ppo.generation.plain import inverse_cdf, left_pad, sampling_logprobs
 from rlhf.ppo.generation.types import Generated
+
+logger = logging.getLogger(__name__)
 
 STEPS_PER_CHECK = 8  # tokens between two looks at which responses ended: each look waits for the device
 REFILL_SHARE = (
@@ -33,7 +35,6 @@ LENGTH_BUCKET = 64  # cache lengths are multiples of it, so that few graphs are 
 SHRINK, SMALLEST = 4, 16  # the last responses go on in a cache of a quarter of the slots, of no fewer than 16
 MAX_KEPT = 6  # sizes of slots whose cache and graph are kept
 GROUPED = "rlhf_grouped_sdpa"
-logger = logging.getLogger(__name__)
 PREFILL_TOKENS = 65_536  # of one prefill: bounds its activations
 
 
@@ -333,8 +334,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     where the whole cache and a layer's number would make 30 programs of 30 equal blocks. The whole step as one program
     has all 30 in it, and is compiled again for every new size. Prompts are read without it.
     """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    blocks: list[Any] = transformer_blocks(model)
     layers = model.config.get_text_config().num_hidden_layers
     if len(blocks) != layers:
         logger.warning("sampling is not compiled: %d blocks, %d layers of the cache", len(blocks), layers)
