@@ -34,7 +34,7 @@ from rlhf.ppo.guards import BadUpdates, bad_rollout, bad_update
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
 from rlhf.ppo.masking import affine_fit, masked_mean, masked_moments, masked_whiten
-from rlhf.ppo.packing import CPU, GPU, GRAPHS
+from rlhf.ppo.packing import CPU, GPU, graph_shapes
 from rlhf.ppo.perf import FlopCounter, compilations, matmul_peak, now, padding_share
 from rlhf.ppo.rewards import RunningMoments, ScoreSource, aggregate, shape_scores
 from rlhf.ppo.rollout import (
@@ -159,7 +159,15 @@ class PPOTrainer:
         self.bad_updates = BadUpdates(writer.directory, config.max_bad_updates, accelerator)
         self.alerts = Alerts(config)
         self.graphs = graph_pool is not None
-        self.shapes = GRAPHS if self.graphs else CPU if accelerator.device.type == "cpu" else GPU
+        self.shapes = CPU if accelerator.device.type == "cpu" else GPU
+        if self.graphs:
+            longest = max(map(len, prompts.ids + (eval_prompts.ids if eval_prompts else [])))
+            self.shapes = graph_shapes(
+                config.max_tokens_per_micro_batch,
+                longest + config.response_length,
+                config.response_length,
+                config.mini_batch_size,
+            )
         self.read = Graphed(self._read, graph_pool)
         self.forward_backward = Graphed(
             self._forward_backward, graph_pool, prepare=lambda: allocate_gradients(self.parameters)

@@ -38,7 +38,7 @@ from rlhf.models import (
     position_limit,
     tokenizer_identity,
 )
-from rlhf.ppo.packing import GRAPHS
+from rlhf.ppo.packing import Sizes
 from rlhf.recipe import Recipe
 from rlhf.reward import report
 from rlhf.reward.batches import EXTRA, PairCollator, pair_lengths
@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 COMPILE_FROM_STEPS = 1000  # optimizer steps
 CAUSAL = "rlhf_causal_sdpa"  # sdpa that is told no mask: it has its fastest kernel, also where transformers gives one
+COLUMNS = Sizes(32, 4)  # of a batch that a CUDA graph replays
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 AttentionMaskInterface.register(CAUSAL, lambda *_args, **_kwargs: None)
 
@@ -71,7 +72,7 @@ class ExactRewardTrainer(ExactResume, RewardTrainer):
 
     def use_graphs(self, pool: Any) -> None:
         """Replay a step's forward and backward as CUDA graphs; batches then come in few shapes."""
-        self.data_collator.columns = GRAPHS.columns
+        self.data_collator.columns = COLUMNS
         for part in self.model.modules():
             if isinstance(part, PreTrainedModel):
                 part.set_attn_implementation(CAUSAL)

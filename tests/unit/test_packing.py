@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.ppo.packing import GRAPHS, Shapes, Sizes, plan_micro_batches
+from rlhf.ppo.packing import Shapes, Sizes, graph_shapes, plan_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 BUDGETS = st.integers(1, 300)
@@ -176,13 +176,24 @@ def test_a_size_is_the_least_that_is_large_enough(size, smallest, per_octave):
     assert rounded % smallest == 0 and sizes(rounded) == rounded
 
 
-def test_rounded_shapes_are_few_and_fit_the_budget():
-    draw, seen = random.Random(0), set()
+def test_nothing_is_rounded_above_the_largest():
+    sizes = Sizes(96, 4, 576)
+    assert [sizes(n) for n in (1, 97, 480, 481, 577)] == [96, 192, 480, 576, 577]  # without it 640 for the last two
+    assert [Sizes(64, 1, 192)(n) for n in (64, 65, 129, 192)] == [64, 128, 192, 192]
+
+
+@pytest.mark.parametrize("max_tokens", [16_384, 4096, 100])
+def test_shapes_for_graphs_are_few_and_fit_the_budget(max_tokens):
+    shapes, draw, seen = graph_shapes(max_tokens, 640, 512, 256), random.Random(0), set()
     for _ in range(30):
         lengths = [min(640, 128 + int(draw.lognormvariate(4, 1))) for _ in range(256)]
-        (plan,) = plan_micro_batches(lengths, 16_384, 1, GRAPHS)
+        (plan,) = plan_micro_batches(lengths, max_tokens, 1, shapes)
         for rows in plan:
-            shape = GRAPHS.rows(len(rows)), GRAPHS.columns(max(lengths[row] for row in rows))
-            assert shape[0] * shape[1] <= 16_384
+            shape = shapes.rows(len(rows)), shapes.columns(max(lengths[row] for row in rows))
+            assert shape[0] * shape[1] <= max_tokens or len(rows) == 1
             seen.add(shape)
-    assert len(seen) <= 45
+    assert len(seen) <= 20
+
+
+def test_shapes_for_graphs_hold_no_more_rows_than_a_mini_batch():
+    assert [graph_shapes(16_384, 640, 512, size).rows(1) for size in (1, 4, 12, 64)] == [1, 4, 8, 16]
