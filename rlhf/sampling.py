@@ -13,8 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rlhf.data import Renderer
 from rlhf.errors import UserError
-from rlhf.models import position_ids, response_logprobs
-from rlhf.ppo.generation import PlainGenerator
+from rlhf.models import position_ids, response_logprobs, special_attention
+from rlhf.ppo.generation import CompiledGenerator, Generator, PlainGenerator
 from rlhf.ppo.generation.plain import left_pad
 from rlhf.ppo.rollout import uniforms
 
@@ -81,12 +81,18 @@ def sample_responses(
 
     `batch_size` None: `rows_at_once`.
     """
-    generator = PlainGenerator(
-        model, renderer.tokenizer, stop_strings or [], autocast=dtype, repetition_penalty=repetition_penalty
-    )
     ids = [renderer.prompt_ids(prompt) for prompt in prompts]
     noise = uniforms(len(ids), length, seed, *([draw] if draw else []))
     batch_size = batch_size or rows_at_once(model, max(map(len, ids)) + length)
+    generator: Generator
+    if samples_in_slots(model, stop_strings, repetition_penalty):
+        pad, eos = renderer.tokenizer.pad_token_id, renderer.tokenizer.eos_token_id
+        generator = CompiledGenerator(model, pad, eos, batch_size, dtype)
+        generator.sync()
+    else:
+        generator = PlainGenerator(
+            model, renderer.tokenizer, stop_strings or [], autocast=dtype, repetition_penalty=repetition_penalty
+        )
     response_ids, finished, logprobs = [], [], []
     for first in range(0, len(ids), batch_size):
         part = slice(first, first + batch_size)
@@ -98,6 +104,16 @@ def sample_responses(
         logprobs += out.logprobs.sum(dim=1).tolist()
     texts = [renderer.decode_response(row) for row in response_ids]
     return Samples([renderer.prompt_text(p) for p in prompts], ids, texts, response_ids, finished, logprobs)
+
+
+def samples_in_slots(model: PreTrainedModel, stop_strings: list[str] | None, repetition_penalty: float) -> bool:
+    """Whether the back end with CUDA graphs samples: 5 ms a token where `plain` waits 22 ms for launches (135M, one H100).
+
+    It holds one more set of weights.
+    """
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    merged = not hasattr(model, "peft_config")
+    return on_gpu and merged and not stop_strings and repetition_penalty == 1 and not special_attention(model)
 
 
 def rows_at_once(model: PreTrainedModel, tokens: int) -> int:

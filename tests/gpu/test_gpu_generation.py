@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from rlhf.data import Renderer
 from rlhf.graphs import recorded
 from rlhf.ppo.generation import CompiledGenerator, PlainGenerator
 from rlhf.ppo.rollout import uniforms
+from rlhf.sampling import sample_responses
 from tests.builders import build_model, build_tokenizer
 from tests.ppo_toys import lively
 from tests.tolerances import assert_close
@@ -41,3 +43,16 @@ def test_rollouts_of_like_size_share_a_graph_and_see_new_weights(compiled):
         seen.append(generator.generate(PROMPTS[: 33 + seed], uniforms(33 + seed, 12, 0), 1.0).response_ids[:33])
     assert recorded() - before <= 2  # of all slots, and of the quarter that the last responses go on in
     assert not torch.equal(seen[0], seen[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluations_sample_in_slots(dtype):
+    tokenizer = build_tokenizer()
+    model = lively(build_model(tokenizer, n_layer=2)).cuda().eval()
+    renderer, before = Renderer(tokenizer, chat=False), recorded()
+    texts = ["abc", "abcabc", "c"] * 20
+    slots = sample_responses(model, renderer, texts, 12, 0.7, seed=1, dtype=dtype)
+    assert recorded() > before
+    plain = sample_responses(model.cpu(), renderer, texts, 12, 0.7, seed=1)
+    same = [a == b for a, b in zip(slots.response_ids, plain.response_ids, strict=True)]
+    assert all(same) if dtype == torch.float32 else sum(same) > len(same) / 2

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from rlhf.data import Renderer
-from rlhf.sampling import response_logprob_sums, rows_at_once, sample_responses, score_sequences
+from rlhf.sampling import response_logprob_sums, rows_at_once, sample_responses, samples_in_slots, score_sequences
 from tests.builders import build_model, build_tokenizer
 from tests.ppo_toys import lively
 from tests.tolerances import assert_close
@@ -38,6 +38,36 @@ def test_as_many_are_sampled_at_once_as_memory_allows(model, monkeypatch, free, 
     assert rows_at_once(on_gpu, 16) == rows
     model.config.num_key_value_heads, model.config.head_dim = 1, 4  # a quarter of that for a token
     assert rows_at_once(on_gpu, 64) == rows
+
+
+def test_slots_sample_on_a_gpu_what_they_can(model, renderer, monkeypatch):
+    plain = sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=1)
+    assert not samples_in_slots(model, [], 1.0)  # a CPU gains nothing
+    monkeypatch.setattr("rlhf.sampling.samples_in_slots", lambda *_: True)
+    slots = sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=1, batch_size=3)
+    assert slots.response_ids == plain.response_ids and slots.has_eos == plain.has_eos
+    assert_close(slots.logprobs, plain.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "adapters", "attention", "can"),
+    [
+        (([], 1.0), False, "sdpa", True),
+        ((None, 1.0), False, "sdpa", True),
+        ((["\n"], 1.0), False, "sdpa", False),
+        (([], 1.1), False, "sdpa", False),
+        (([], 1.0), True, "sdpa", False),
+        (([], 1.0), False, "eager", False),
+    ],
+)
+def test_what_slots_can_sample(model, knobs, adapters, attention, can):
+    model.set_attn_implementation(attention)
+    on_gpu = SimpleNamespace(
+        config=model.config, parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))])
+    )
+    if adapters:
+        on_gpu.peft_config = {}
+    assert samples_in_slots(on_gpu, *knobs) == can
 
 
 def test_samples_do_not_depend_on_the_batch_size(model, renderer):
