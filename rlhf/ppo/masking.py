@@ -148,11 +148,12 @@ def masked_whiten(
 def affine_fit(x: Tensor, y: Tensor, mask: Tensor) -> tuple[float, float]:
     """Scale and offset that bring `x` closest to `y` (least squares) where it counts, with a scale of at least 0.
 
-    A negative scale would turn `x` upside down for the sake of noise: then `y`'s mean is the best guess, as it is where
-    `x` is constant or nothing counts.
+    Every row counts the same, however many of its entries do: a response has one end, whatever its length. A negative
+    scale would turn `x` upside down for the sake of noise: then `y`'s mean is the best guess, as it is where `x` is
+    constant or nothing counts.
 
     Args:
-        x, y: any shape.
+        x, y: [B,R].
         mask: bool, their shape, True = counts.
 
     Returns:
@@ -162,10 +163,12 @@ def affine_fit(x: Tensor, y: Tensor, mask: Tensor) -> tuple[float, float]:
         ValueError: the mask is not bool or has another shape.
     """
     check_mask(mask, x=x, y=y)
-    x, y = x.double(), y.double()
-    mean_x, variance, _ = masked_moments(x, mask)
-    mean_y = masked_moments(y, mask)[0]
-    covariance = masked_mean((x - mean_x) * (y - mean_y), mask)
+    x, y = (torch.where(mask, z, 0).double() for z in (x, y))
+    weight = mask / mask.sum(1, keepdim=True).clamp(min=1).double()
+    weight = weight / weight.sum().clamp(min=1)
+    mean_x, mean_y = (weight * x).sum(), (weight * y).sum()
+    variance = (weight * (x - mean_x) ** 2).sum()
+    covariance = (weight * (x - mean_x) * (y - mean_y)).sum()
     slope = covariance / variance if variance > 0 else covariance
     scale = float(slope.clamp(min=0))
     return scale, float(mean_y) - scale * float(mean_x)

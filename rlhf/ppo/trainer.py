@@ -381,7 +381,9 @@ class PPOTrainer:
         """Fit the critic's scale and offset to the returns of the first rollout.
 
         A reward model was taught at the last token alone. Before it, its score is on a scale of its own: on `tiny` the
-        mean is two standard deviations off and half of the spread is noise, which advantages then are full of.
+        mean is two standard deviations off and half of the spread is noise, which advantages then are full of. Where
+        values are off by a constant, every end is a surprise, good or bad, and responses become shorter or longer:
+        each response counts the same, since each has one end.
         """
         mask = rollout.response_mask
         returns, _ = gae(rewards, torch.zeros_like(rewards), mask, self.config.gamma, lam=1.0)

@@ -209,8 +209,14 @@ class TestAffineFit:
     def test_by_hand(self):
         x, y = grid([[0.0, 1.0, 99.0], [2.0, nan, nan]]), grid([[1.0, 2.0, inf], [6.0, -7.0, nan]])
         mask = torch.tensor([[True, True, False], [True, False, False]])
-        # x - 1 = (-1, 0, 1), y - 3 = (-2, -1, 3): slope (2 + 0 + 3) / 2, and 3 - 2.5 * 1
-        assert affine_fit(x, y, mask) == pytest.approx((2.5, 0.5))
+        # Weights 1/4, 1/4, 1/2: the means are 1.25 and 3.75.
+        slope = (1.25 * 2.75 + 0.25 * 1.75 + 2 * 0.75 * 2.25) / (1.25**2 + 0.25**2 + 2 * 0.75**2)
+        assert affine_fit(x, y, mask) == pytest.approx((slope, 3.75 - 1.25 * slope))
+
+    def test_a_long_row_counts_as_a_short_one(self):
+        x, y = torch.zeros(2, 5), grid([[-4.0] * 5, [2.0, nan, nan, nan, nan]])
+        mask = torch.tensor([[True] * 5, [True] + [False] * 4])
+        assert affine_fit(x, y, mask) == (0.0, pytest.approx(-1.0))
 
     def test_a_line_is_found_exactly(self):
         x = grid([[3.0, -1.0, 4.0, 1.0]])
