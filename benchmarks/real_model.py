@@ -9,7 +9,7 @@
 Run `smollm2-harmless` is the recipe's: SFT, a reward model of each half of the pairs, PPO on the first one, evaluate by
 the second. Run `smollm2-harmless-lora` takes SFT and the second reward model over; its reward model, policy and critic
 are adapters of one base. At the end both answer the prompts below, which are this project's own. Everything that is
-printed comes from the artifacts' manifests and metrics.
+printed comes from the artifacts' manifests and metrics. Curves are drawn beside --out, for the page in docs/images.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from typing import Any
 from benchmarks.start import provenance, with_measured
 from pipelines.sweep import link
 from rlhf.artifacts import MANIFEST, Artifact, read_jsonl
+from rlhf.evaluation.curves import load_run, plot_bargain
+from rlhf.evaluation.frontier_report import plot_frontier
 from rlhf.evaluation.report import comparison_table
 from rlhf.recipe import load_recipe
 
@@ -226,6 +228,16 @@ def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     return [{"step": row["ppo_step"]} | {k: row[k] for k in keys if k in row} for row in rows if "eval/scores" in row]
 
 
+def draw(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """`RUN_ppo.png`, the curves of PPO, and `RUN_frontier.png`, its reward for KL beside best-of-n, of each run."""
+    folder = PAGE.parent / "images" if args.out == RESULTS else args.out.parent
+    for run, summary in report["runs"].items():
+        if "ppo" in summary:
+            plot_bargain(load_run(args.artifacts / run)).savefig(folder / f"{run}_ppo.png", dpi=90)
+        if found := summary.get("comparison", {}).get("frontier"):
+            plot_frontier(found, folder / f"{run}_frontier.png")
+
+
 def table(report: dict[str, Any]) -> str:
     """Markdown of all runs: reward models, then the comparison of each policy with SFT."""
     runs, seconds = report["runs"], report["seconds"]
@@ -307,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = [name for name in (args.name, f"{args.name}-lora") if (args.artifacts / name).is_dir()]
         report = provenance() | {"seconds": seconds_spent(args), "runs": {run: run_summary(args, run) for run in runs}}
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        draw(args, report)
         if not whole:
             return 3
     lines = table(json.loads(args.out.read_text(encoding="utf-8")))

@@ -197,10 +197,10 @@ def test_the_section_of_the_real_model_is_of_the_figures_that_are_kept() -> None
     assert page == with_measured(page, written, "real_model"), "run `python -m benchmarks.real_model --table`"
 
 
-def test_the_first_updates_of_the_page_are_of_their_file() -> None:
-    kept = json.loads((real_model.ROOT / "results" / "learning_smollm2_ours.json").read_text(encoding="utf-8"))
+def test_the_learning_curves_of_the_page_are_of_their_file() -> None:
+    kept = json.loads((real_model.ROOT / "results" / "learning_smollm2.json").read_text(encoding="utf-8"))
     page = real_model.PAGE.read_text(encoding="utf-8")
-    assert page == with_measured(page, report(kept["results"]), "first_updates")
+    assert page == with_measured(page, report(kept["results"]), "learning_smollm2")
 
 
 def test_the_time_of_a_step_that_was_stopped_is_kept_and_nothing_is_run_after_it(
