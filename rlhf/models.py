@@ -397,7 +397,8 @@ def explicit_masks() -> Iterator[None]:
     """Forwards in here are given their whole attention mask: only where `special_attention` says nothing.
 
     From a mask of padding transformers asks the device whether there is any padding, and waits for its answer; that
-    cannot be recorded in a CUDA graph.
+    cannot be recorded in a CUDA graph. And the mask [B,T] may then number several sequences in a row, 1, 2, ... from
+    the left, with 0 for padding: each sees itself alone, and has positions from 0.
     """
     token = _EXPLICIT_MASKS.set(True)
     try:
@@ -408,13 +409,14 @@ def explicit_masks() -> Iterator[None]:
 
 def _mask_inputs(attention_mask: Tensor) -> dict[str, Tensor]:
     """`attention_mask` and `position_ids` of a forward without a cache; see `explicit_masks`."""
-    positions = position_ids(attention_mask)
     if not _EXPLICIT_MASKS.get():
-        return {"attention_mask": attention_mask, "position_ids": positions}
+        return {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
     place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    causal, itself = place[:, None] >= place, place[:, None] == place  # padding sees itself: softmax of nothing is NaN
-    seen = attention_mask.bool()[:, None, :] & causal | itself
-    return {"attention_mask": seen.unsqueeze(1), "position_ids": positions}
+    begins = attention_mask.diff(dim=1, prepend=attention_mask.new_full((len(attention_mask), 1), -1)) != 0
+    positions = place - torch.where(begins, place, 0).cummax(dim=1).values
+    seen = attention_mask[:, :, None] == attention_mask[:, None, :]  # padding sees padding: softmax of nothing is NaN
+    seen = seen & (place[:, None] >= place)
+    return {"attention_mask": seen.unsqueeze(1), "position_ids": positions.masked_fill(attention_mask == 0, 0)}
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
@@ -437,26 +439,37 @@ def captured_hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
+Response = int | Tensor  # the last so many columns, or where in the flattened rows the token before each one is
+
+
+def before(states: Tensor, response: Response) -> Tensor:
+    """Of `states` [B,T,D] those before each response token: [B,R,D] for the last R columns, [N,D] for N places."""
+    if isinstance(response, Tensor):
+        return states.flatten(0, 1)[response]
+    return states[:, -(response + 1) : -1]
+
+
 def response_logprobs(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
-    length: int,
+    response: Response,
     temperature: float,
     entropy: bool,
     chunked: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Log-probabilities of the last `length` tokens under softmax(logits / temperature), in float32.
+    """Log-probabilities of the response tokens under softmax(logits / temperature), in float32.
 
-    Only the logits of those positions exist, and only for this micro-batch; with `chunked` (see `has_plain_head`) only
-    those of a chunk, computed again in the backward pass.
+    Only the logits of those positions exist (of places, only with `chunked`), and only for this micro-batch; with
+    `chunked` (see `has_plain_head`) only those of a chunk, computed again in the backward pass.
 
     Returns:
-        logprobs [B,R]; entropy [B,R] in nats or None; last hidden states [B,R,D] before each response token.
+        logprobs [B,R] or [N]; entropy likewise in nats or None; last hidden states [...,D] before each response token.
     """
-    tokens = input_ids[:, -length:]
+    places = isinstance(response, Tensor)
+    tokens = input_ids.flatten()[response + 1] if places else input_ids[:, -response:]
     if chunked:
-        hidden = hidden_states(trunk_of(model), input_ids, attention_mask)[:, -(length + 1) : -1]
+        hidden = before(hidden_states(trunk_of(model), input_ids, attention_mask), response)
         compute = _fused_head_logprobs if getattr(model, "blocks_compiled", False) else _head_logprobs
         head = model.get_output_embeddings()
         parts = _chunked_logprobs(partial(compute, head), head.weight.shape[0], hidden, tokens, temperature, entropy)
@@ -466,10 +479,10 @@ def response_logprobs(
             input_ids=input_ids,
             use_cache=False,
             **_mask_inputs(attention_mask),
-            **keep_last(model, length + 1),
+            **({} if places else keep_last(model, int(response) + 1)),
         )
-    logits = out.logits[:, -(length + 1) : -1]
-    return *token_logprobs(logits, tokens, temperature, entropy), states[0][:, -(length + 1) : -1]
+    logits = before(out.logits, response)
+    return *token_logprobs(logits, tokens, temperature, entropy), before(states[0], response)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -567,7 +580,7 @@ def hidden_states(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
 
 @dataclass
 class Outputs:
-    """What one forward gives about the response: `logprobs`, `values` [B,R] float32; `entropy` [B,R] or None."""
+    """What one forward gives about the response: `logprobs`, `values` [B,R] or [N] in float32; `entropy` or None."""
 
     logprobs: Tensor
     values: Tensor
@@ -609,14 +622,14 @@ class ActorCritic(nn.Module):
         return [p for name, p in self.policy.named_parameters() if p.requires_grad and ".critic." not in name]
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float, mode: str = "train"
+        self, input_ids: Tensor, attention_mask: Tensor, response: Response, temperature: float, mode: str = "train"
     ) -> Any:
         """Dispatch on `mode`, so that wrappers see every computation as a forward of this module.
 
         Args:
             input_ids: prompt (left-padded) and response (right-padded) [B,P+R].
-            attention_mask: [B,P+R], 1 = real token.
-            length: R of this batch.
+            attention_mask: [B,P+R], 1 = real token; of packed rows see `explicit_masks`.
+            response: R of this batch; of packed rows the places [N] before the response tokens.
             temperature: divides the logits.
             mode: "train" (no entropy), "rollout" (with entropy), "reference" (LoRA: log-probs with every adapter off),
                 or "reward:NAME" (LoRA: scores of that adapter at each position).
@@ -624,7 +637,7 @@ class ActorCritic(nn.Module):
         if mode == "reference":
             with self.adapter(None):
                 return response_logprobs(
-                    self.policy, input_ids, attention_mask, length, temperature, False, self.plain_head
+                    self.policy, input_ids, attention_mask, response, temperature, False, self.plain_head
                 )[0]
         if mode.startswith("reward:"):
             name = mode.removeprefix("reward:")
@@ -633,9 +646,9 @@ class ActorCritic(nn.Module):
             return self.reward_heads[name](hidden).squeeze(-1).float()
         with self.adapter("policy"):
             logprobs, entropy, hidden = response_logprobs(
-                self.policy, input_ids, attention_mask, length, temperature, mode == "rollout", self.plain_head
+                self.policy, input_ids, attention_mask, response, temperature, mode == "rollout", self.plain_head
             )
-        values = self._values(hidden, input_ids, attention_mask, length)
+        values = self._values(hidden, input_ids, attention_mask, response)
         return Outputs(logprobs, values if self.value_bias is None else values + self.value_bias, entropy)
 
     @torch.no_grad()
@@ -645,7 +658,7 @@ class ActorCritic(nn.Module):
         head.weight.mul_(scale)
         self.value_bias.mul_(scale).add_(offset)
 
-    def _values(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    def _values(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, response: Response) -> Tensor:
         if self.critic is not None:
             states = hidden_states(trunk_of(self.critic), input_ids, attention_mask)
             head = self.critic.score
@@ -655,7 +668,7 @@ class ActorCritic(nn.Module):
             head = self.value_head
         else:
             return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
-        states = states[:, -(length + 1) : -1]
+        states = before(states, response)
         return head(states.to(head.weight.dtype)).squeeze(-1).float()
 
     @contextmanager

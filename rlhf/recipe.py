@@ -324,6 +324,12 @@ class PPOSection(Section):
         "auto: with one GPU, up to 500 million parameters, 2 billion with LoRA.",
     )
 
+    packing: Literal["on", "off"] = Field(
+        "off",
+        description="on: several responses side by side in a row, and little padding; one process, full attention. Not "
+        "tried on a GPU yet.",
+    )
+
     learning_rate: float = Field(3e-6, gt=0, description="AdamW peak, linear to 0. N+.")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of optimizer steps with rising learning rate.")
     adam_eps: float = Field(1e-5, gt=0, description="N+: 1e-5, not PyTorch's 1e-8.")

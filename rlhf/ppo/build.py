@@ -19,6 +19,7 @@ from rlhf.functions import load_function
 from rlhf.graphs import Graphed
 from rlhf.models import (
     ActorCritic,
+    Response,
     Scorer,
     attention_options,
     check_saved,
@@ -244,13 +245,12 @@ class Reference:
                 compile_blocks(self.frozen)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-        """[b,R'] in nats."""
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, response: Response) -> Tensor:
+        """[b,R'] in nats; of packed rows [N]."""
         if self.frozen is None:
-            return self.model(input_ids, attention_mask, length, self.temperature, mode="reference")
-        return response_logprobs(self.frozen, input_ids, attention_mask, length, self.temperature, False, self.chunked)[
-            0
-        ]
+            return self.model(input_ids, attention_mask, response, self.temperature, mode="reference")
+        args = input_ids, attention_mask, response, self.temperature
+        return response_logprobs(self.frozen, *args, entropy=False, chunked=self.chunked)[0]
 
 
 def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator, graph_pool: Any) -> list[ScoreSource]:

@@ -1,5 +1,7 @@
 """Cut a mini-batch into micro-batches that fit a token budget and hold little padding.
 
+`plan_micro_batches` gives each response a row; `pack_rows` puts several side by side into one.
+
 Lengths in, row indices out; no torch. Every rank computes the same plan from the same lengths and takes its own
 part, so no plan has to be exchanged. The losses do not depend on it (they divide by the token count of the mini-batch).
 """
@@ -68,6 +70,57 @@ def graph_shapes(max_tokens: int, longest: int, response_length: int, mini_batch
         columns=Sizes(96, 4, -(-longest // 32) * 32),
         responses=Sizes(64, 1, response_length),
     )
+
+
+class Packed(NamedTuple):
+    """How responses, each after its prompt, are put side by side into rows.
+
+    Attributes:
+        width: columns of a row; no response and its prompt are longer.
+        rows, tokens: sizes of a micro-batch, and of the number of its response tokens.
+    """
+
+    width: int
+    rows: Sizes = Sizes()
+    tokens: Sizes = Sizes()
+
+
+def packed_shapes(max_tokens: int, longest: int) -> Packed:
+    """Few shapes, of little padding: a row is as wide as the longest response with its prompt. See `graph_shapes`."""
+    width = -(-longest // 32) * 32
+    return Packed(width, Sizes(min(2, max(1, max_tokens // width)), 8), Sizes(256, 4))
+
+
+def pack_rows(lengths: Sequence[int], max_tokens: int, packed: Packed) -> list[list[list[int]]]:
+    """Micro-batches of rows of several entries: the longest first, each into the first row with room (FFD).
+
+    Args:
+        lengths: tokens of each entry; >= 1 and at most `packed.width`.
+        max_tokens: largest area of a micro-batch; a single row is always allowed.
+        packed: the width of rows, and the sizes that their number is rounded up to.
+
+    Returns:
+        plan[micro_batch][row] = indices of entries. Every entry appears once.
+
+    Raises:
+        ValueError: an entry that is longer than a row, or shorter than a token.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for entry in sorted(range(len(lengths)), key=lambda entry: (-lengths[entry], entry)):
+        if not 1 <= lengths[entry] <= packed.width:
+            raise ValueError(f"lengths[{entry}] is {lengths[entry]}; a row holds 1 to {packed.width} tokens")
+        fits = next((row for row, left in enumerate(room) if left >= lengths[entry]), len(rows))
+        if fits == len(rows):
+            rows.append([])
+            room.append(packed.width)
+        rows[fits].append(entry)
+        room[fits] -= lengths[entry]
+    most = max_tokens // packed.width
+    most = next((count for count in range(most, 0, -1) if packed.rows(count) <= most), 1)
+    parts = -(-len(rows) // most)
+    each = -(-len(rows) // max(parts, 1))
+    return [rows[first : first + each] for first in range(0, len(rows), each or 1)]
 
 
 def plan_micro_batches(

@@ -11,7 +11,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from rlhf.models import ActorCritic, trunk_of
-from rlhf.ppo.rollout import Rollout, plan
+from rlhf.ppo.packing import pack_rows
+from rlhf.ppo.rollout import Rollout, lengths_of, plan
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -87,10 +88,14 @@ def compilations() -> int:
 
 def padding_share(rollout: Rollout, mini_batches: Sequence[Sequence[int]], max_tokens: int, ranks: int) -> float:
     """Share of one pass of updates over the rollout, in these mini-batches, that is spent on padding, in [0,1)."""
-    lengths = [sum(pair) for pair in zip(rollout.prompt_lengths, rollout.response_lengths, strict=True)]
-    rows, columns = rollout.shapes.rows, rollout.shapes.columns
+    lengths = lengths_of(rollout, range(len(rollout.prompt_lengths)))
+    rows, columns, packed = rollout.shapes.rows, rollout.shapes.columns, rollout.packed
     area = 0
     for mini_batch in mini_batches:
+        if packed is not None:
+            plans = pack_rows(lengths_of(rollout, mini_batch), max_tokens, packed)
+            area += sum(packed.rows(len(part)) * packed.width for part in plans)
+            continue
         for rank in plan(rollout, mini_batch, max_tokens, ranks):
             # The rows of an empty micro-batch are none, and a rank that has one computes a row for nothing.
             parts = [[lengths[mini_batch[at]] for at in micro] or [lengths[mini_batch[0]]] for micro in rank]

@@ -11,14 +11,16 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf.ppo.generation import Generated, Generator
 from rlhf.ppo.generation.plain import left_pad
-from rlhf.ppo.packing import EXACT, Shapes, plan_micro_batches
+from rlhf.ppo.packing import EXACT, Packed, Shapes, pack_rows, plan_micro_batches
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Rollout:
         prompts, responses: text, for reward functions and people.
         columns: extra dataset columns, by name.
         shapes: how batches are cut and rounded up.
+        packed: how responses are put side by side for the policy and the critic; None = each has a row of its own.
     """
 
     prompt_ids: Tensor
@@ -55,6 +58,7 @@ class Rollout:
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))
     shapes: Shapes = EXACT
+    packed: Packed | None = None
 
     @cached_property
     def prompt_lengths(self) -> list[int]:
@@ -94,6 +98,33 @@ class Rollout:
             shift=shift,
         )
 
+    def packed_batch(self, rows: Sequence[Sequence[int]], packed: Packed) -> PackedBatch:
+        """Several rows of the rollout in each row of a batch, every prompt next to its response, padded at the end."""
+        width, budget = self.prompt_ids.shape[1], self.response_ids.shape[1]
+        source = np.zeros((packed.rows(len(rows)), packed.width), dtype=np.int64)  # in prompt and response side by side
+        segments, before, place = np.zeros_like(source), [], []
+        for row, members in enumerate(rows):
+            end = 0
+            for number, member in enumerate(members, start=1):
+                prompt, response = self.prompt_lengths[member], self.response_lengths[member]
+                start, end = end, end + prompt + response
+                source[row, start:end] = member * (width + budget) + width - prompt + np.arange(prompt + response)
+                segments[row, start:end] = number
+                before.append(row * packed.width + start + prompt - 1 + np.arange(response))
+                place.append(member * budget + np.arange(response))
+        count = sum(map(len, before))
+        flat = np.zeros((2, packed.tokens(count)), dtype=np.int64)
+        flat[:, :count] = np.concatenate(before), np.concatenate(place)
+        device = self.prompt_ids.device
+        ids = torch.cat([self.prompt_ids, self.response_ids], dim=1).flatten()
+        return PackedBatch(
+            input_ids=ids[torch.from_numpy(source).to(device)],
+            attention_mask=torch.from_numpy(segments).to(device),
+            before=(torch.from_numpy(flat[0]).to(device),),
+            place=torch.from_numpy(flat[1]).to(device),
+            count=count,
+        )
+
 
 @dataclass
 class Batch:
@@ -113,6 +144,7 @@ class Batch:
     attention_mask: Tensor
     length: int
     shift: Tensor
+    before: tuple[Tensor, ...] = ()  # the responses are the last columns
 
     def fit(self, x: Tensor) -> Tensor:
         """These rows of `x` [B,R], responses moved to the end, [b,R']; 0 where there is no response."""
@@ -125,6 +157,34 @@ class Batch:
         columns = torch.arange(mask.shape[1], device=x.device) + self.shift[: self.count]
         moved = x[: self.count].gather(1, columns.clamp(max=self.length - 1))
         into[index] = torch.where(mask[index], moved, 0)
+
+
+@dataclass
+class PackedBatch:
+    """Rows that hold several responses, each after its prompt. W columns, N response tokens of all rows.
+
+    Attributes:
+        input_ids: [n,W].
+        attention_mask: [n,W]; 0 = padding, k = the k-th prompt with its response in that row.
+        before: one tensor [N], where in the flattened rows the token before each response token is.
+        place: [N], where in the flattened [B,R] of the rollout each response token is.
+        count: how many of the N are real; those after them are the first token of all, and count nowhere.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    before: tuple[Tensor]
+    place: Tensor
+    count: int
+    length: int = 0  # a graph's key: the shape of `before` says it
+
+    def fit(self, x: Tensor) -> Tensor:
+        """`x` [B,R] at the response tokens [N]; 0 after the real ones."""
+        return x.flatten()[self.place].masked_fill(torch.arange(len(self.place), device=x.device) >= self.count, 0)
+
+    def put(self, x: Tensor, into: Tensor, mask: Tensor) -> None:
+        """The other way round: write `x` [N] into `into` [B,R]."""
+        into.view(-1)[self.place[: self.count]] = x[: self.count]
 
 
 class PromptStream:
@@ -179,6 +239,7 @@ def sample(
     prompts: list[str],
     columns: dict[str, list],
     shapes: Shapes = EXACT,
+    packed: Packed | None = None,
 ) -> Rollout:
     """Sample one response per prompt, each rank its share, and give every rank the whole."""
     share = my_share(len(prompt_ids), accelerator)
@@ -199,6 +260,7 @@ def sample(
         responses=[decode(row) for row in kept],
         columns=columns,
         shapes=shapes,
+        packed=packed,
     )
 
 
@@ -206,10 +268,14 @@ def _tensors(generated: Generated) -> tuple[Tensor, ...]:
     return generated.response_ids, generated.response_mask, generated.finished, generated.logprobs
 
 
+def lengths_of(rollout: Rollout, rows: Sequence[int]) -> list[int]:
+    """Real tokens of prompt and response together, of each of these rows."""
+    return [rollout.prompt_lengths[row] + rollout.response_lengths[row] for row in rows]
+
+
 def plan(rollout: Rollout, rows: Sequence[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
     """`plan_micro_batches` of these rows, as positions in `rows`."""
-    lengths = [rollout.prompt_lengths[row] + rollout.response_lengths[row] for row in rows]
-    return plan_micro_batches(lengths, max_tokens, ranks, rollout.shapes)
+    return plan_micro_batches(lengths_of(rollout, rows), max_tokens, ranks, rollout.shapes)
 
 
 def micro_batches(
@@ -224,21 +290,32 @@ def micro_batches(
         yield rollout.batch([rows[i] for i in micro] or [rows[0]]), bool(micro)
 
 
+def token_batches(
+    rollout: Rollout, rows: Sequence[int], max_tokens: int, accelerator: Accelerator
+) -> Iterator[tuple[Batch | PackedBatch, bool]]:
+    """As `micro_batches`, for what is computed of each token: packed where the rollout is."""
+    if rollout.packed is None:
+        yield from micro_batches(rollout, rows, max_tokens, accelerator)
+        return
+    for part in pack_rows(lengths_of(rollout, rows), max_tokens, rollout.packed):
+        yield rollout.packed_batch([[rows[i] for i in row] for row in part], rollout.packed), True
+
+
 @torch.no_grad()
 def evaluate_tokens(
     rollout: Rollout,
-    forward: Callable[[Batch], Sequence[Tensor]],
+    forward: Callable[[Any], Sequence[Tensor]],
     width: int,
     max_tokens: int,
     accelerator: Accelerator,
 ) -> list[Tensor]:
     """Run `forward` over all rows, each rank its share; every rank gets `width` tensors [B,R], 0 on padding.
 
-    `forward` returns `width` tensors [b,R'] for a batch.
+    `forward` returns `width` tensors [b,R'] for a batch, [N] for a packed one.
     """
     mask = rollout.response_mask
     results = [torch.zeros(mask.shape, device=mask.device) for _ in range(width)]
-    for batch, counts in micro_batches(rollout, range(mask.shape[0]), max_tokens, accelerator):
+    for batch, counts in token_batches(rollout, range(mask.shape[0]), max_tokens, accelerator):
         outputs = forward(batch)
         if not counts:
             continue
@@ -257,7 +334,7 @@ def add_logprobs_and_values(
     """
     rollout.logprobs, rollout.values, rollout.entropy, rollout.ref_logprobs = evaluate_tokens(
         rollout,
-        lambda batch: read(batch.input_ids, batch.attention_mask, length=batch.length),
+        lambda batch: read(batch.input_ids, batch.attention_mask, *batch.before, length=batch.length),
         4,
         max_tokens,
         accelerator,

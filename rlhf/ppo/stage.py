@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ from rlhf.graphs import graph_pool
 from rlhf.interrupt import finish_step_first
 from rlhf.logs import MetricsWriter, check_trackers
 from rlhf.metrics import PPO
-from rlhf.models import check_position_limit, compile_blocks, compute_dtype, load_tokenizer, tokenizer_identity
+from rlhf.models import (
+    check_position_limit,
+    compile_blocks,
+    compute_dtype,
+    load_tokenizer,
+    special_attention,
+    tokenizer_identity,
+)
 from rlhf.ppo.build import (
     Reference,
     build_actor_critic,
@@ -215,6 +223,8 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     if wants_compile(ctx, accelerator.device):
         compile_blocks(actor_critic)
     parts = [part for part in (actor_critic.policy, actor_critic.critic) if part is not None]
+    if config.packing == "on":
+        check_packing(parts, accelerator)
     pool = graph_pool(config.cuda_graphs, "ppo", parts, accelerator, config.gradient_checkpointing)
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
     return PPOTrainer(
@@ -234,6 +244,15 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         checkpointer=Checkpointer(ctx.checkpoints, accelerator, config.keep_checkpoints, ctx.continued),
         graph_pool=pool,
     )
+
+
+def check_packing(models: Sequence[Any], accelerator: Accelerator) -> None:
+    """Raises UserError where responses cannot be put side by side: each must see itself alone."""
+    reason = next((found for model in models if (found := special_attention(model))), None)
+    if accelerator.num_processes > 1:
+        reason = f"there are {accelerator.num_processes} processes"
+    if reason:
+        raise UserError(f"ppo.packing on: {reason}: set ppo.packing: off")
 
 
 def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

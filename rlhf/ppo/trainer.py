@@ -25,7 +25,7 @@ from rlhf.evaluation.text_metrics import distinct_n
 from rlhf.graphs import Graphed, allocate_gradients, recorded
 from rlhf.interrupt import Interrupted, requested
 from rlhf.logs import MetricsWriter
-from rlhf.models import Outputs
+from rlhf.models import Outputs, Response, explicit_masks
 from rlhf.ppo.advantages import gae, kl_penalty, token_rewards
 from rlhf.ppo.alerts import Alerts
 from rlhf.ppo.checkpoint import Checkpointer
@@ -34,15 +34,15 @@ from rlhf.ppo.guards import BadUpdates, bad_rollout, bad_update
 from rlhf.ppo.kl_control import AdaptiveKL, FixedKL
 from rlhf.ppo.losses import policy_loss, value_loss
 from rlhf.ppo.masking import affine_fit, masked_mean, masked_moments, masked_whiten
-from rlhf.ppo.packing import CPU, GPU, graph_shapes
+from rlhf.ppo.packing import CPU, GPU, graph_shapes, packed_shapes
 from rlhf.ppo.perf import FlopCounter, compilations, matmul_peak, now, padding_share
 from rlhf.ppo.rewards import RunningMoments, ScoreSource, aggregate, shape_scores
 from rlhf.ppo.rollout import (
     PromptStream,
     Rollout,
     add_logprobs_and_values,
-    micro_batches,
     sample,
+    token_batches,
     uniforms,
 )
 from rlhf.recipe import PPOSection
@@ -87,6 +87,7 @@ class MicroBatch(NamedTuple):
         mask, logprobs, advantages, values, returns: [b,R'], see `Rollout` and `Targets`.
         tokens: scalar, of the whole mini-batch on all ranks: the denominator.
         weight: scalar, of the loss in the backward pass.
+        before: of packed rows, the places [N] before the response tokens; the others are [N] then.
     """
 
     input_ids: Tensor
@@ -98,6 +99,7 @@ class MicroBatch(NamedTuple):
     returns: Tensor
     tokens: Tensor
     weight: Tensor
+    before: Tensor | None = None
 
 
 class PPOTrainer:
@@ -107,7 +109,7 @@ class PPOTrainer:
         config: the recipe's `ppo` section.
         model: ActorCritic as `accelerator.prepare` returned it.
         optimizer: prepared; its parameters are the trainable ones of `model`.
-        reference: (input ids, attention mask, R') -> log-probabilities [b,R'] under the reference policy.
+        reference: (input ids, attention mask, R' or places) -> log-probabilities under the reference policy.
         rewards: weighted sources of scores.
         generator: samples responses of the current policy.
         prompts, eval_prompts: what is trained on; what is evaluated, or only shown in samples.jsonl, along the way.
@@ -123,7 +125,7 @@ class PPOTrainer:
         config: PPOSection,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        reference: Callable[[Tensor, Tensor, int], Tensor],
+        reference: Callable[[Tensor, Tensor, Response], Tensor],
         rewards: list[ScoreSource],
         generator: Generator,
         prompts: Prompts,
@@ -160,14 +162,11 @@ class PPOTrainer:
         self.alerts = Alerts(config)
         self.graphs = graph_pool is not None
         self.shapes = CPU if accelerator.device.type == "cpu" else GPU
+        longest = max(map(len, prompts.ids + (eval_prompts.ids if eval_prompts else []))) + config.response_length
+        budget = config.max_tokens_per_micro_batch
         if self.graphs:
-            longest = max(map(len, prompts.ids + (eval_prompts.ids if eval_prompts else [])))
-            self.shapes = graph_shapes(
-                config.max_tokens_per_micro_batch,
-                longest + config.response_length,
-                config.response_length,
-                config.mini_batch_size,
-            )
+            self.shapes = graph_shapes(budget, longest, config.response_length, config.mini_batch_size)
+        self.packed = packed_shapes(budget, longest) if config.packing == "on" else None
         self.read = Graphed(self._read, graph_pool)
         self.forward_backward = Graphed(
             self._forward_backward, graph_pool, prepare=lambda: allocate_gradients(self.parameters)
@@ -286,16 +285,17 @@ class PPOTrainer:
         totals = torch.zeros(6, device=rollout.response_mask.device)
         waits = self.ppo_step < self.config.critic_warmup_steps  # the policy, while a fresh critic finds its feet
         forward_backward = self._forward_backward if waits else self.forward_backward
-        batches = list(micro_batches(rollout, rows, self.config.max_tokens_per_micro_batch, self.accelerator))
+        batches = list(token_batches(rollout, rows, self.config.max_tokens_per_micro_batch, self.accelerator))
         for number, (batch, counts) in enumerate(batches):
             last = number == len(batches) - 1
             with _sync_gradients(self.accelerator, self.model, last):
                 # DDP and FSDP average gradients over ranks; ours are shares of one sum.
-                micro = MicroBatch(
+                micro = (  # see MicroBatch
                     *(batch.input_ids, batch.attention_mask, batch.fit(rollout.response_mask)),
                     *(batch.fit(rollout.logprobs), batch.fit(targets.advantages)),
                     *(batch.fit(rollout.values), batch.fit(targets.returns)),
                     *(totals.new_full((), value) for value in (tokens, ranks * float(counts))),
+                    *batch.before,
                 )
                 totals += forward_backward(*micro) * float(counts)
         if waits:
@@ -312,10 +312,12 @@ class PPOTrainer:
     def _forward_backward(self, *tensors: Tensor) -> Tensor:
         """Gradients of one micro-batch (its share of the mini-batch's); returns six statistics, shares as well."""
         batch = MicroBatch(*tensors)
-        length = batch.mask.shape[1]
-        new: Outputs = self.model(batch.input_ids, batch.attention_mask, length, self.config.temperature)
-        loss, parts = self._losses(new, batch)
-        self.accelerator.backward(loss * batch.weight)
+        packed = batch.before is not None
+        response = batch.before if packed else batch.mask.shape[1]
+        with explicit_masks() if packed else nullcontext():
+            new: Outputs = self.model(batch.input_ids, batch.attention_mask, response, self.config.temperature)
+            loss, parts = self._losses(new, batch)
+            self.accelerator.backward(loss * batch.weight)
         return parts
 
     def _losses(self, new: Outputs, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -332,11 +334,13 @@ class PPOTrainer:
         return pg_loss + config.vf_coef * vf_loss, parts
 
     @torch.no_grad()
-    def _read(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> tuple[Tensor, ...]:
-        """Log-probabilities, values, entropy and the reference's log-probabilities [b,R'] of responses."""
-        out: Outputs = self.model(input_ids, attention_mask, length, self.config.temperature, mode="rollout")
-        assert out.entropy is not None
-        return out.logprobs, out.values, out.entropy, self.reference(input_ids, attention_mask, length)
+    def _read(self, input_ids: Tensor, attention_mask: Tensor, *before: Tensor, length: int) -> tuple[Tensor, ...]:
+        """Log-probabilities, values, entropy and the reference's log-probabilities [b,R'] or [N] of responses."""
+        response = before[0] if before else length
+        with explicit_masks() if before else nullcontext():
+            out: Outputs = self.model(input_ids, attention_mask, response, self.config.temperature, mode="rollout")
+            assert out.entropy is not None
+            return out.logprobs, out.values, out.entropy, self.reference(input_ids, attention_mask, response)
 
     # ----------------------------------------------------------------------------------------------------- parts of it
     def rollout(self, prompts: Prompts, stream: int, step: int) -> Rollout:
@@ -355,6 +359,7 @@ class PPOTrainer:
             prompts.texts,
             prompts.columns,
             self.shapes,
+            self.packed,
         )
 
     def score(self, rollout: Rollout, update: bool) -> None:

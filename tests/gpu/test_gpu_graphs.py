@@ -17,11 +17,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SIZES = {"rollout_batch_size": 8, "mini_batch_size": 8, "num_ppo_epochs": 2, "total_episodes": 48}
 
 
+@pytest.mark.parametrize("packing", ["off", "on"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_graphs_change_no_trace(tmp_path, shape):
+def test_graphs_change_no_trace(tmp_path, shape, packing):
     runs = []
     for choice in ("off", "on"):
         ppo = SIZES | {"cuda_graphs": choice, "learning_rate": 1e-3, "critic_warmup_steps": 1, "generator": "plain"}
+        if choice == "on":
+            ppo["packing"] = packing
         trainer = toy_trainer(tmp_path / choice, shape, ppo, hardware={"device": "auto", "precision": "fp32"})
         trace = []
         for _ in range(6):

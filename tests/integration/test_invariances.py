@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from rlhf.ppo.packing import Packed, packed_shapes
+from rlhf.ppo.rollout import lengths_of
 from rlhf.ppo.trainer import Targets
 from tests.ppo_toys import SHAPES, first_rollout, toy_trainer
 from tests.tolerances import assert_close
@@ -53,13 +55,17 @@ def test_padding_packing_and_order_change_no_gradient(tmp_path, shape):
     rows = list(range(8))
     expected = gradient_of(trainer, rollout, targets, rows)
     assert max(float(gradient.abs().max()) for gradient in expected[0]) > 1e-2
+    wide, wide_targets = padded(rollout, targets)
+    longest = max(lengths_of(rollout, rows))
     cases = {
-        "padding": (*padded(rollout, targets), rows),
+        "padding": (wide, wide_targets, rows),
         "order": (rollout, targets, rows[::-1]),
+        "side by side": (dataclasses.replace(wide, packed=packed_shapes(4096, longest)), wide_targets, rows),
+        "in two": (dataclasses.replace(rollout, packed=Packed(3 * longest)), targets, rows[::-1]),
         "packing": (rollout, targets, rows),
     }
     for name, case in cases.items():
-        if name == "packing":  # every row alone
+        if name in ("in two", "packing"):  # every row alone
             trainer.config = trainer.config.model_copy(update={"max_tokens_per_micro_batch": 1})
         gradients, statistics = gradient_of(trainer, *case)
         for gradient, wanted in zip(gradients, expected[0], strict=True):

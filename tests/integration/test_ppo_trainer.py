@@ -140,7 +140,10 @@ def test_critic_warm_up_leaves_the_policy_bit_equal(tmp_path, shape):
 
 @pytest.mark.parametrize("shape", ["full-separate", "lora-separate"])
 def test_the_critic_is_calibrated_once_to_the_first_returns(tmp_path, monkeypatch, shape):
-    """numpy's least squares on what the critic said before and on the scores, which are the returns while KL is 0."""
+    """numpy's least squares on what the critic said before and on the scores, which are the returns while KL is 0.
+
+    Tokens of a response share one weight: each has one end.
+    """
     trainer = toy_trainer(tmp_path, shape, FOUR_STEPS | {"critic_warmup_steps": 9, "learning_rate": 1e-12})
     before, score = first_rollout(trainer), trainer.score
     mask = before.response_mask
@@ -153,7 +156,8 @@ def test_the_critic_is_calibrated_once_to_the_first_returns(tmp_path, monkeypatc
     monkeypatch.setattr(trainer, "score", related)
     _, rollout = trainer.step()
     scores = rollout.scores[:, None].expand(mask.shape)[mask].numpy()
-    slope, offset = np.polyfit(values, scores, 1)
+    shares = (1 / mask.sum(1, keepdim=True)).expand(mask.shape)[mask].numpy()
+    slope, offset = np.polyfit(values, scores, 1, w=shares**0.5)  # it weighs residuals, not their squares
     assert slope > 0
     assert_close(rollout.values[mask], slope * values + offset, rtol=1e-3, atol=1e-4)
     assert_close(first_rollout(trainer).values, rollout.values, rtol=1e-4, atol=1e-5)  # the model says so from now on

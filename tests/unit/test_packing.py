@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.ppo.packing import Shapes, Sizes, graph_shapes, plan_micro_batches
+from rlhf.ppo.packing import Packed, Shapes, Sizes, graph_shapes, pack_rows, packed_shapes, plan_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 BUDGETS = st.integers(1, 300)
@@ -197,3 +197,46 @@ def test_shapes_for_graphs_are_few_and_fit_the_budget(max_tokens):
 
 def test_shapes_for_graphs_hold_no_more_rows_than_a_mini_batch():
     assert [graph_shapes(16_384, 640, 512, size).rows(1) for size in (1, 4, 12, 64)] == [1, 4, 8, 16]
+
+
+# ------------------------------------------------------------------------------------------- several responses in a row
+def test_rows_of_several_by_hand():
+    lengths = [3, 9, 4, 6, 2, 1]
+    # Longest first, each into the first row with room: 9 1 | 6 4 | 3 2
+    assert pack_rows(lengths, 100, Packed(10)) == [[[1, 5], [3, 2], [0, 4]]]
+    assert pack_rows(lengths, 20, Packed(10)) == [[[1, 5], [3, 2]], [[0, 4]]]
+    assert pack_rows(lengths, 39, Packed(10, Sizes(2))) == [[[1, 5], [3, 2]], [[0, 4]]]  # 3 rows would be 4
+    assert pack_rows(lengths, 5, Packed(10)) == [[[1, 5]], [[3, 2]], [[0, 4]]]  # a row alone is always allowed
+    assert pack_rows([], 100, Packed(10)) == []
+
+
+@given(st.lists(st.integers(1, 64), max_size=60), st.integers(1, 1000), st.sampled_from([Sizes(), Sizes(2, 8)]))
+def test_rows_of_several_hold_each_entry_once(lengths, max_tokens, sizes):
+    packed = Packed(64, sizes)
+    plan = pack_rows(lengths, max_tokens, packed)
+    assert sorted(entry for part in plan for row in part for entry in row) == list(range(len(lengths)))
+    rows = [row for part in plan for row in part]
+    assert all(row and sum(lengths[entry] for entry in row) <= 64 for row in rows)
+    assert all(len(part) == 1 or sizes(len(part)) * 64 <= max_tokens for part in plan)
+    assert sum(sum(lengths[entry] for entry in row) <= 32 for row in rows) <= 1  # two such rows would be one
+
+
+@pytest.mark.parametrize(("lengths", "value"), [([3, 0], "0"), ([3, 11], "11")])
+def test_what_is_longer_than_a_row_is_said(lengths, value):
+    with pytest.raises(ValueError, match=rf"lengths\[1\] is {value}; a row holds 1 to 10 tokens"):
+        pack_rows(lengths, 100, Packed(10))
+
+
+def test_packed_shapes_are_few_and_hold_little_padding():
+    draw, seen, area, tokens = random.Random(0), set(), 0, 0
+    packed = packed_shapes(16_384, 576)
+    for _ in range(60):
+        pairs = [
+            (min(384, int(draw.lognormvariate(4.6, 0.7))), min(192, int(draw.lognormvariate(3.8, 0.6)) + 1))
+            for _ in range(32)
+        ]
+        (part,) = pack_rows([max(2, p) + r for p, r in pairs], 16_384, packed)
+        seen.add((packed.rows(len(part)), packed.tokens(sum(r for _, r in pairs))))
+        area += packed.rows(len(part)) * packed.width
+        tokens += sum(max(2, p) + r for p, r in pairs)
+    assert len(seen) <= 20 and tokens / area > 0.85

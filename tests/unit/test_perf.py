@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from rlhf.models import ActorCritic
 from rlhf.ppo.build import value_head
-from rlhf.ppo.packing import Shapes, Sizes
+from rlhf.ppo.packing import Packed, Shapes, Sizes
 from rlhf.ppo.perf import FlopCounter, matmul_peak, padding_share
 from tests.builders import build_model, build_tokenizer
 from tests.ppo_toys import toy_trainer
@@ -51,6 +51,7 @@ def test_a_rollout_that_is_not_learned_from_takes_no_operations(tmp_path):
 def test_padding_share_by_hand():
     ids = torch.zeros(2, 2)
     rollout = SimpleNamespace(prompt_ids=ids, prompt_lengths=[2, 1], response_lengths=[1, 4], shapes=Shapes(64))
+    rollout.packed = None
     assert padding_share(rollout, [[0, 1]], max_tokens=100, ranks=1) == 1 - 8 / 10  # one batch, 2 x max(3, 5)
     assert padding_share(rollout, [[0, 1]], max_tokens=5, ranks=1) == 0.0
     rollout.shapes = Shapes(64, Sizes(4), Sizes(3))
@@ -58,6 +59,10 @@ def test_padding_share_by_hand():
     assert padding_share(rollout, [[1], [0]], max_tokens=100, ranks=1) == 1 - 8 / 36  # 4 x 6 and 4 x 3
     rollout.shapes = Shapes(64)
     assert padding_share(rollout, [[0], [1]], max_tokens=100, ranks=2) == 1 - 8 / 16  # a row for nothing in each
+    rollout.packed = Packed(9, Sizes(2))
+    assert padding_share(rollout, [[0, 1]], max_tokens=100, ranks=1) == 1 - 8 / 18  # one row for both, and an empty one
+    rollout.packed = Packed(7)
+    assert padding_share(rollout, [[0, 1]], max_tokens=7, ranks=1) == 1 - 8 / 14  # two micro-batches of a row
 
 
 def test_peak_is_that_of_a_matrix_product():

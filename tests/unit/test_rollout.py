@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlhf.errors import UserError
 from rlhf.ppo.generation.plain import left_pad
-from rlhf.ppo.packing import Shapes, Sizes
+from rlhf.ppo.packing import Packed, Shapes, Sizes
 from rlhf.ppo.rollout import PromptStream, Rollout, evaluate_tokens, micro_batches, my_share, uniforms
+from rlhf.ppo.stage import check_packing
 from tests.ppo_toys import SHAPES, first_rollout, toy_trainer
 from tests.tolerances import assert_close
 
@@ -142,6 +144,47 @@ def test_evaluate_tokens_puts_rows_in_their_place_and_zero_on_padding():
     for budget in (1, 8, 100):
         (out,) = evaluate_tokens(rollout, forward, 1, budget, rank())
         assert out.tolist() == [[100, 0, 0, 0, 0, 0], [101, 111, 121, 131, 0, 0], [102, 112, 0, 0, 0, 0]]
+
+
+# ----------------------------------------------------------------------------------------------- several in a row
+def test_responses_side_by_side_by_hand():
+    rollout = rollout_of([[1, 5], [1, 5, 6, 7], [1]], [2, 3, 4])
+    batch = rollout.packed_batch([[1], [2, 0]], Packed(10, Sizes(3), Sizes(4)))
+    assert batch.input_ids[0, :7].tolist() == [1, 5, 6, 7, 10, 11, 12]
+    assert batch.input_ids[1, :9].tolist() == [1, 10, 11, 12, 13, 1, 5, 10, 11]
+    assert batch.attention_mask.tolist() == [[1] * 7 + [0] * 3, [1] * 5 + [2] * 4 + [0], [0] * 10]
+    (before,) = batch.before
+    assert before[:9].tolist() == [3, 4, 5, 10, 11, 12, 13, 16, 17] and batch.count == 9 and len(before) == 12
+    assert batch.fit(rollout.response_ids).tolist() == [10, 11, 12, 10, 11, 12, 13, 10, 11, 0, 0, 0]
+    assert batch.fit(rollout.response_mask).tolist() == [True] * 9 + [False] * 3
+    back = torch.full((3, 6), 9.0)
+    batch.put(torch.arange(12.0), back, rollout.response_mask)
+    assert back.tolist() == [[7, 8, 9, 9, 9, 9], [0, 1, 2, 9, 9, 9], [3, 4, 5, 6, 9, 9]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_side_by_side_changes_nothing(tmp_path, shape):
+    sizes = {"rollout_batch_size": 8, "mini_batch_size": 4, "total_episodes": 16}
+    sides = [toy_trainer(tmp_path / packing, shape, sizes | {"packing": packing}) for packing in ("off", "on")]
+    apart, together = (first_rollout(trainer) for trainer in sides)
+    assert apart.packed is None and together.packed is not None
+    for name in ("response_ids", "logprobs", "ref_logprobs", "values", "entropy", "scores"):
+        assert_close(getattr(together, name), getattr(apart, name), atol=2e-5)
+    for _ in range(2):
+        a, b = (trainer.step()[0] for trainer in sides)
+        for name in ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/grad_norm", "objective/kl"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=2e-5), name
+        assert b["perf/padding_share"] != a["perf/padding_share"]
+        for trainer in sides:
+            trainer.ppo_step += 1
+
+
+@pytest.mark.parametrize("why", ["window", "ranks"])
+def test_side_by_side_needs_full_attention_and_one_process(why):
+    config = SimpleNamespace(_attn_implementation="sdpa", sliding_window=8 if why == "window" else None)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    with pytest.raises(UserError, match=r"ppo.packing on: (it has layers|there are 2).*: set ppo.packing: off"):
+        check_packing([model], SimpleNamespace(num_processes=2 if why == "ranks" else 1))
 
 
 # ------------------------------------------------------------------------------------------------------ whole rollouts
