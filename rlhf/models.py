@@ -445,7 +445,7 @@ Response = int | Tensor  # the last so many columns, or where in the flattened r
 def before(states: Tensor, response: Response) -> Tensor:
     """Of `states` [B,T,D] those before each response token: [B,R,D] for the last R columns, [N,D] for N places."""
     if isinstance(response, Tensor):
-        return states.flatten(0, 1)[response]
+        return states.flatten(0, 1).index_select(0, response)  # its backward adds, that of indexing sorts first
     return states[:, -(response + 1) : -1]
 
 
