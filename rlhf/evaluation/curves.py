@@ -252,8 +252,10 @@ def plot_bargain(run: Run) -> Figure:
         if axes[2].get_legend():
             axes[2].legend()
         length = both("rollout/response_length", "eval/response_length")
-        _panel(axes[3], history, length, "Response length", "tokens, EOS included", low=0.0, legend="lower left")
+        _panel(axes[3], history, length, "Response length", "tokens, EOS included", low=0.0)
         _level(axes[3], settings.get("response_length"), "response_length")
+        if axes[3].get_legend():
+            axes[3].legend()  # placed anew: the level has made room
         _alert(axes[3], history, "length")
         rate = both("rollout/eos_rate", "eval/eos_rate")
         _panel(axes[4], history, rate, "EOS rate", "share of responses", low=0.0, high=1.05, legend="lower right")
@@ -385,7 +387,7 @@ def _panel(
     x: Literal["ppo_step", "step"] = "ppo_step",
     low: float | None = None,
     high: float | None = None,
-    legend: Literal["best", "lower left", "lower right"] = "best",
+    legend: Literal["best", "lower right"] = "best",
 ) -> None:
     """Draws (key, label, colour) curves over the rows that have them; sparse ones, as evaluations are, as diamonds."""
     from matplotlib.ticker import MaxNLocator
