@@ -380,8 +380,8 @@ _EXPLICIT_MASKS = ContextVar("explicit_masks", default=False)
 def special_attention(model: PreTrainedModel) -> str | None:
     """Why a boolean mask [B,1,T,L] is not all that this model's attention needs to know; None where it is.
 
-    Eager attention adds the mask to the weights, where True is 1 and hides nothing, and layers with a window have masks
-    of their own, which a given one takes the place of.
+    Eager attention adds the mask to the weights, where True is 1 and hides nothing; layers with a window have masks of
+    their own, which a given one takes the place of; ALiBi reads distances off a mask [B,T].
     """
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa":
@@ -389,6 +389,8 @@ def special_attention(model: PreTrainedModel) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
         return "it has layers other than full attention"
+    if getattr(config, "alibi", False):
+        return "its positions are a bias of attention (ALiBi)"
     return None
 
 
@@ -532,9 +534,10 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     if head is None or not hasattr(head, "weight"):
         return False
     ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
-    with captured_hidden_states(model) as states:
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return torch.allclose(head(states[0].to(head.weight.dtype)), logits, rtol=1e-3, atol=1e-4)
+    mask = torch.ones_like(ids)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    hidden = hidden_states(trunk_of(model), ids, mask)  # called, not overheard: OPT's own forward goes past its trunk
+    return torch.allclose(head(hidden.to(head.weight.dtype)), logits, rtol=1e-3, atol=1e-4)
 
 
 def keep_residuals_in(dtype: torch.dtype, model: PreTrainedModel) -> None:

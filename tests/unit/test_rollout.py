@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rlhf.errors import UserError
+from rlhf.models import explicit_masks, has_plain_head, response_logprobs, special_attention
 from rlhf.ppo.generation.plain import left_pad
 from rlhf.ppo.packing import Packed, Shapes, Sizes
 from rlhf.ppo.rollout import PromptStream, Rollout, evaluate_tokens, micro_batches, my_share, uniforms
@@ -177,6 +179,51 @@ def test_side_by_side_changes_nothing(tmp_path, shape):
         assert b["perf/padding_share"] != a["perf/padding_share"]
         for trainer in sides:
             trainer.ppo_step += 1
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}  # fewer than a packed row has columns
+FAMILIES = {
+    "gpt2": GPT2,
+    "llama": SMALL | {"num_key_value_heads": 2},
+    "qwen3": SMALL | {"num_key_value_heads": 2, "head_dim": 8},
+    "granite": SMALL | {"num_key_value_heads": 2, "logits_scaling": 4.0},  # its logits are not the head's alone
+    "opt": SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},  # passes by its trunk
+    "falcon": SMALL | {"alibi": False},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_side_by_side_is_the_same_for_every_family(family):
+    tokens = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family], **tokens)).eval()
+    for parameter in model.parameters():
+        parameter.mul_(4 if parameter.ndim > 1 else 1)  # numbers that tell rows apart
+    assert special_attention(model) is None and has_plain_head(model) == (family != "granite")
+    rollout = rollout_of([[5, 6, 7, 8, 9], [20], [30, 31, 32], [40, 41]], [6, 2, 3, 4])
+    found = []
+    for packed in (None, Packed(32), Packed(11)):
+        rollout.packed = packed
+
+        def forward(batch):
+            response = batch.before[0] if batch.before else batch.length
+            with explicit_masks():
+                return response_logprobs(
+                    model, batch.input_ids, batch.attention_mask, response, 1.0, True, has_plain_head(model)
+                )[:2]
+
+        found.append(torch.stack(evaluate_tokens(rollout, forward, 2, 1000, rank())))
+    assert found[0][0].min() < -1
+    assert_close(found[1], found[0], atol=1e-5)
+    assert_close(found[2], found[0], atol=1e-5)
+
+
+def test_a_bias_by_distance_needs_more_than_a_mask():
+    config = SimpleNamespace(_attn_implementation="sdpa", alibi=True)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    assert "ALiBi" in special_attention(model)
 
 
 @pytest.mark.parametrize("why", ["window", "ranks"])
