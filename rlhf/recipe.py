@@ -326,8 +326,8 @@ class PPOSection(Section):
 
     packing: Literal["on", "off"] = Field(
         "off",
-        description="on: several responses side by side in a row, and little padding; one process, full attention. Not "
-        "tried on a GPU yet.",
+        description="on: several responses side by side in a row. Saves padding where CUDA graphs round shapes up; "
+        "elsewhere it does not pay. One process, full attention. Not tried on a GPU yet.",
     )
 
     learning_rate: float = Field(3e-6, gt=0, description="AdamW peak, linear to 0. N+.")

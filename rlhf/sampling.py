@@ -13,12 +13,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rlhf.data import Renderer
 from rlhf.errors import UserError
+from rlhf.graphs import PARAMETERS_LORA
 from rlhf.models import position_ids, response_logprobs, special_attention
 from rlhf.ppo.generation import CompiledGenerator, Generator, PlainGenerator
 from rlhf.ppo.generation.plain import left_pad
 from rlhf.ppo.rollout import uniforms
 
 FEWEST_ROWS, MOST_ROWS = 64, 256  # sampled at once
+SLOTS_FROM = 16  # prompts: copying the weights and recording a graph take as long as a few responses
 # Settings of `ppo` that decide what a reward model's statistics are measured on; PPO says so where its own are others.
 SAMPLED_WITH = ("temperature", "top_p", "response_length", "max_prompt_length", "stop_strings")
 
@@ -85,7 +87,7 @@ def sample_responses(
     noise = uniforms(len(ids), length, seed, *([draw] if draw else []))
     batch_size = batch_size or rows_at_once(model, max(map(len, ids)) + length)
     generator: Generator
-    if samples_in_slots(model, stop_strings, repetition_penalty):
+    if len(ids) >= SLOTS_FROM and samples_in_slots(model, stop_strings, repetition_penalty):
         pad, eos = renderer.tokenizer.pad_token_id, renderer.tokenizer.eos_token_id
         generator = CompiledGenerator(model, pad, eos, batch_size, dtype)
         generator.sync()
@@ -109,11 +111,13 @@ def sample_responses(
 def samples_in_slots(model: PreTrainedModel, stop_strings: list[str] | None, repetition_penalty: float) -> bool:
     """Whether the back end with CUDA graphs samples: 5 ms a token where `plain` waits 22 for launches (135M, H100).
 
-    It holds one more set of weights.
+    It holds one more set of weights, and gains little where the GPU takes longer than the launches.
     """
     on_gpu = next(model.parameters()).device.type == "cuda"
     merged = not hasattr(model, "peft_config")
-    return on_gpu and merged and not stop_strings and repetition_penalty == 1 and not special_attention(model)
+    small = sum(parameter.numel() for parameter in model.parameters()) <= PARAMETERS_LORA
+    knobs = bool(stop_strings) or repetition_penalty != 1
+    return on_gpu and merged and small and not knobs and not special_attention(model)
 
 
 def rows_at_once(model: PreTrainedModel, tokens: int) -> int:

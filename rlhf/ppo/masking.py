@@ -168,7 +168,9 @@ def affine_fit(x: Tensor, y: Tensor, mask: Tensor) -> tuple[float, float]:
     weight = weight / weight.sum().clamp(min=1)
     mean_x, mean_y = (weight * x).sum(), (weight * y).sum()
     variance = (weight * (x - mean_x) ** 2).sum()
+    if variance <= (1e-12 * mean_x) ** 2:  # a constant, whose mean is off by rounding
+        variance = torch.zeros_like(variance)
     covariance = (weight * (x - mean_x) * (y - mean_y)).sum()
-    slope = covariance / variance if variance > 0 else covariance
+    slope = covariance / variance if variance != 0 else variance
     scale = float(slope.clamp(min=0))
     return scale, float(mean_y) - scale * float(mean_x)

@@ -15,8 +15,8 @@ import numpy
 class Sizes(NamedTuple):
     """Sizes that something is rounded up to.
 
-    Multiples of `smallest`, at most `per_octave` between n and 2n, and `largest` for what lies between the last of
-    them below it and itself: nothing is expected above it.
+    Multiples of `smallest` or, with `per_octave`, of the octave's step where that is larger: at most so many between n
+    and 2n. `largest` is one for what lies between the last of them below it and itself; nothing is expected above it.
     """
 
     smallest: int = 1
@@ -63,11 +63,12 @@ def graph_shapes(max_tokens: int, longest: int, response_length: int, mini_batch
         response_length: most tokens of a response.
         mini_batch_size: rows of a mini-batch.
     """
-    rows = max(1, min(16, mini_batch_size, max_tokens // longest))
+    widest = -(-longest // 32) * 32
+    rows = max(1, min(16, mini_batch_size, max_tokens // widest))
     return Shapes(
         overhead=2048,
         rows=Sizes(1 << (rows.bit_length() - 1), 1),
-        columns=Sizes(96, 4, -(-longest // 32) * 32),
+        columns=Sizes(96, 4, widest),
         responses=Sizes(64, 1, response_length),
     )
 
@@ -85,10 +86,18 @@ class Packed(NamedTuple):
     tokens: Sizes = Sizes()
 
 
-def packed_shapes(max_tokens: int, longest: int) -> Packed:
-    """Few shapes, of little padding: a row is as wide as the longest response with its prompt. See `graph_shapes`."""
+def packed_shapes(max_tokens: int, longest: int, graphs: bool) -> Packed:
+    """Rows as wide as the longest response with its prompt; for CUDA graphs in few shapes. See `graph_shapes`.
+
+    Raises:
+        ValueError: `max_tokens` holds no row.
+    """
     width = -(-longest // 32) * 32
-    return Packed(width, Sizes(min(2, max(1, max_tokens // width)), 8), Sizes(256, 4))
+    if width > max_tokens:
+        raise ValueError(f"a row holds {width} tokens, the longest prompt and a response; max_tokens is {max_tokens}")
+    if not graphs:
+        return Packed(width)
+    return Packed(width, Sizes(min(2, max_tokens // width), 8), Sizes(256, 4))
 
 
 def pack_rows(lengths: Sequence[int], max_tokens: int, packed: Packed) -> list[list[list[int]]]:

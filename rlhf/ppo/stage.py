@@ -42,8 +42,9 @@ from rlhf.ppo.build import (
     wants_compile,
 )
 from rlhf.ppo.checkpoint import Checkpointer
+from rlhf.ppo.packing import packed_shapes
 from rlhf.ppo.trainer import PPOTrainer, Prompts
-from rlhf.recipe import Recipe, RewardGateSection
+from rlhf.recipe import PPOSection, Recipe, RewardGateSection
 from rlhf.reward import gate
 from rlhf.sampling import SAMPLED_WITH
 from rlhf.stage import Stage, StageContext
@@ -224,7 +225,8 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         compile_blocks(actor_critic)
     parts = [part for part in (actor_critic.policy, actor_critic.critic) if part is not None]
     if config.packing == "on":
-        check_packing(parts, accelerator)
+        everything = prompts.ids + (eval_prompts.ids if eval_prompts else [])
+        check_packing(config, actor_critic.plain_head, parts, accelerator, max(map(len, everything)))
     pool = graph_pool(config.cuda_graphs, "ppo", parts, accelerator, config.gradient_checkpointing)
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
     return PPOTrainer(
@@ -246,13 +248,31 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     )
 
 
-def check_packing(models: Sequence[Any], accelerator: Accelerator) -> None:
-    """Raises UserError where responses cannot be put side by side: each must see itself alone."""
+def check_packing(
+    config: PPOSection, plain_head: bool, models: Sequence[Any], accelerator: Accelerator, longest: int
+) -> None:
+    """Raises UserError where responses cannot be put side by side, each seeing itself alone, or it would not pay.
+
+    Args:
+        config: the recipe's `ppo` section.
+        plain_head: see `has_plain_head`: without it the logits of a whole row would be computed.
+        models: that read the rows.
+        accelerator: packing is for one process.
+        longest: tokens of the longest prompt.
+    """
     reason = next((found for model in models if (found := special_attention(model))), None)
+    if not plain_head:
+        reason = "the model does more to its logits than its head"
     if accelerator.num_processes > 1:
         reason = f"there are {accelerator.num_processes} processes"
     if reason:
         raise UserError(f"ppo.packing on: {reason}: set ppo.packing: off")
+    try:
+        packed_shapes(config.max_tokens_per_micro_batch, longest + config.response_length, graphs=False)
+    except ValueError as error:
+        raise UserError(
+            f"ppo.packing on: {error}: raise ppo.max_tokens_per_micro_batch or lower ppo.max_prompt_length"
+        ) from None
 
 
 def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -287,7 +307,7 @@ def _also(recipe: Recipe) -> dict[str, Any]:
 
 STAGE = Stage(
     "ppo",
-    2,  # 2: critic with a tokenizer that pads on the right, fixed samples each time
+    3,  # 2: critic with a tokenizer that pads on the right, fixed samples each time; 3: calibration by response
     inputs=_inputs,
     data=lambda recipe: [recipe.ppo.data],
     check=check,

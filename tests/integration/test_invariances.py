@@ -60,7 +60,11 @@ def test_padding_packing_and_order_change_no_gradient(tmp_path, shape):
     cases = {
         "padding": (wide, wide_targets, rows),
         "order": (rollout, targets, rows[::-1]),
-        "side by side": (dataclasses.replace(wide, packed=packed_shapes(4096, longest)), wide_targets, rows),
+        "side by side": (
+            dataclasses.replace(wide, packed=packed_shapes(4096, longest, graphs=True)),
+            wide_targets,
+            rows,
+        ),
         "in two": (dataclasses.replace(rollout, packed=Packed(3 * longest)), targets, rows[::-1]),
         "packing": (rollout, targets, rows),
     }

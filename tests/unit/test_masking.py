@@ -231,6 +231,12 @@ class TestAffineFit:
         offset = 1.5 if counts else 0.0
         assert affine_fit(grid([x]), grid([y]), torch.full((1, 2), counts)) == (0.0, offset)
 
+    def test_a_constant_of_rows_of_unequal_length(self):
+        mask = torch.tensor([[True, False, False], [True, True, False], [True, True, True]])
+        y = grid([[1.0, 0, 0], [2.0, 4.0, 0], [3.0, 5.0, 7.0]])
+        for x in (0.1, 0.7, 3.3, -1e3):  # their weighted means are off by a bit
+            assert affine_fit(grid([[x] * 3] * 3), y, mask) == (0.0, pytest.approx(3.0))
+
     @pytest.mark.parametrize("broken", [nan, inf])
     def test_not_finite_in_not_finite_out(self, broken):
         mask = torch.ones(1, 3, dtype=torch.bool)

@@ -182,15 +182,15 @@ def test_nothing_is_rounded_above_the_largest():
     assert [Sizes(64, 1, 192)(n) for n in (64, 65, 129, 192)] == [64, 128, 192, 192]
 
 
-@pytest.mark.parametrize("max_tokens", [16_384, 4096, 100])
-def test_shapes_for_graphs_are_few_and_fit_the_budget(max_tokens):
-    shapes, draw, seen = graph_shapes(max_tokens, 640, 512, 256), random.Random(0), set()
+@pytest.mark.parametrize(("max_tokens", "longest"), [(16_384, 640), (4096, 640), (100, 640), (10_000, 620)])
+def test_shapes_for_graphs_are_few_and_fit_the_budget(max_tokens, longest):
+    shapes, draw, seen = graph_shapes(max_tokens, longest, 512, 256), random.Random(0), set()
     for _ in range(30):
-        lengths = [min(640, 128 + int(draw.lognormvariate(4, 1))) for _ in range(256)]
+        lengths = [min(longest, 128 + int(draw.lognormvariate(4, 1))) for _ in range(256)]
         (plan,) = plan_micro_batches(lengths, max_tokens, 1, shapes)
         for rows in plan:
             shape = shapes.rows(len(rows)), shapes.columns(max(lengths[row] for row in rows))
-            assert shape[0] * shape[1] <= max_tokens or len(rows) == 1
+            assert shape[0] * shape[1] <= max_tokens or shape[0] == 1
             seen.add(shape)
     assert len(seen) <= 20
 
@@ -227,9 +227,18 @@ def test_what_is_longer_than_a_row_is_said(lengths, value):
         pack_rows(lengths, 100, Packed(10))
 
 
+def test_a_budget_that_holds_no_row_is_said():
+    assert packed_shapes(608, 600, graphs=True) == Packed(608, Sizes(1, 8), Sizes(256, 4))
+    assert packed_shapes(608, 600, graphs=False) == Packed(608)
+    with pytest.raises(
+        ValueError, match="a row holds 608 tokens, the longest prompt and a response; max_tokens is 607"
+    ):
+        packed_shapes(607, 600, graphs=True)
+
+
 def test_packed_shapes_are_few_and_hold_little_padding():
     draw, seen, area, tokens = random.Random(0), set(), 0, 0
-    packed = packed_shapes(16_384, 576)
+    packed = packed_shapes(16_384, 576, graphs=True)
     for _ in range(60):
         pairs = [
             (min(384, int(draw.lognormvariate(4.6, 0.7))), min(192, int(draw.lognormvariate(3.8, 0.6)) + 1))

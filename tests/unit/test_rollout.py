@@ -226,12 +226,27 @@ def test_a_bias_by_distance_needs_more_than_a_mask():
     assert "ALiBi" in special_attention(model)
 
 
-@pytest.mark.parametrize("why", ["window", "ranks"])
-def test_side_by_side_needs_full_attention_and_one_process(why):
-    config = SimpleNamespace(_attn_implementation="sdpa", sliding_window=8 if why == "window" else None)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
-    with pytest.raises(UserError, match=r"ppo.packing on: (it has layers|there are 2).*: set ppo.packing: off"):
-        check_packing([model], SimpleNamespace(num_processes=2 if why == "ranks" else 1))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 8}, "it has layers other than full attention: set ppo.packing: off"),
+        ({"ranks": 2}, "there are 2 processes: set ppo.packing: off"),
+        ({"plain_head": False}, "the model does more to its logits than its head: set ppo.packing: off"),
+        ({"budget": 63}, "a row holds 64 tokens, .*; max_tokens is 63: raise ppo.max_tokens_per_micro_batch or lower"),
+        ({}, None),
+    ],
+)
+def test_where_responses_cannot_be_side_by_side(change, message):
+    given = {"window": None, "ranks": 1, "plain_head": True, "budget": 64} | change
+    attention = SimpleNamespace(_attn_implementation="sdpa", sliding_window=given["window"])
+    models = [SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: attention))]
+    section = SimpleNamespace(max_tokens_per_micro_batch=given["budget"], response_length=20)
+    arguments = section, given["plain_head"], models, SimpleNamespace(num_processes=given["ranks"]), 30
+    if message is None:
+        check_packing(*arguments)
+        return
+    with pytest.raises(UserError, match=f"ppo.packing on: {message}"):
+        check_packing(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------------ whole rollouts

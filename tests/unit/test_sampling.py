@@ -44,27 +44,28 @@ def test_slots_sample_on_a_gpu_what_they_can(model, renderer, monkeypatch):
     plain = sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=1)
     assert not samples_in_slots(model, [], 1.0)  # a CPU gains nothing
     monkeypatch.setattr("rlhf.sampling.samples_in_slots", lambda *_: True)
+    monkeypatch.setattr("rlhf.sampling.SLOTS_FROM", 1)
     slots = sample_responses(model, renderer, PROMPTS, 10, 0.7, seed=1, batch_size=3)
     assert slots.response_ids == plain.response_ids and slots.has_eos == plain.has_eos
     assert_close(slots.logprobs, plain.logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "adapters", "attention", "can"),
+    ("knobs", "adapters", "attention", "parameters", "can"),
     [
-        (([], 1.0), False, "sdpa", True),
-        ((None, 1.0), False, "sdpa", True),
-        ((["\n"], 1.0), False, "sdpa", False),
-        (([], 1.1), False, "sdpa", False),
-        (([], 1.0), True, "sdpa", False),
-        (([], 1.0), False, "eager", False),
+        (([], 1.0), False, "sdpa", 10**9, True),
+        ((None, 1.0), False, "sdpa", 10**9, True),
+        ((["\n"], 1.0), False, "sdpa", 10**9, False),
+        (([], 1.1), False, "sdpa", 10**9, False),
+        (([], 1.0), True, "sdpa", 10**9, False),
+        (([], 1.0), False, "eager", 10**9, False),
+        (([], 1.0), False, "sdpa", 8 * 10**9, False),
     ],
 )
-def test_what_slots_can_sample(model, knobs, adapters, attention, can):
+def test_what_slots_can_sample(model, knobs, adapters, attention, parameters, can):
     model.set_attn_implementation(attention)
-    on_gpu = SimpleNamespace(
-        config=model.config, parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))])
-    )
+    parameter = SimpleNamespace(device=torch.device("cuda"), numel=lambda: parameters)
+    on_gpu = SimpleNamespace(config=model.config, parameters=lambda: iter([parameter]))
     if adapters:
         on_gpu.peft_config = {}
     assert samples_in_slots(on_gpu, *knobs) == can
