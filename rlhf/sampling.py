@@ -109,7 +109,7 @@ def sample_responses(
 
 
 def samples_in_slots(model: PreTrainedModel, stop_strings: list[str] | None, repetition_penalty: float) -> bool:
-    """Whether the back end with CUDA graphs samples: 5 ms a token where `plain` waits 22 for launches (135M, H100).
+    """Whether the back end with CUDA graphs samples: some 5 ms a token where `plain` takes 22 (135M).
 
     It holds one more set of weights, and gains little where the GPU takes longer than the launches.
     """

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy
 
+from rlhf.errors import UserError
+
 
 class Sizes(NamedTuple):
     """Sizes that something is rounded up to.
@@ -90,11 +92,14 @@ def packed_shapes(max_tokens: int, longest: int, graphs: bool) -> Packed:
     """Rows as wide as the longest response with its prompt; for CUDA graphs in few shapes. See `graph_shapes`.
 
     Raises:
-        ValueError: `max_tokens` holds no row.
+        UserError: `max_tokens` holds no row.
     """
     width = -(-longest // 32) * 32
     if width > max_tokens:
-        raise ValueError(f"a row holds {width} tokens, the longest prompt and a response; max_tokens is {max_tokens}")
+        raise UserError(
+            f"ppo.packing on: a row holds {width} tokens, the longest prompt and a response: raise "
+            f"ppo.max_tokens_per_micro_batch {max_tokens} or lower ppo.max_prompt_length"
+        )
     if not graphs:
         return Packed(width)
     return Packed(width, Sizes(min(2, max_tokens // width), 8), Sizes(256, 4))

@@ -42,9 +42,8 @@ from rlhf.ppo.build import (
     wants_compile,
 )
 from rlhf.ppo.checkpoint import Checkpointer
-from rlhf.ppo.packing import packed_shapes
 from rlhf.ppo.trainer import PPOTrainer, Prompts
-from rlhf.recipe import PPOSection, Recipe, RewardGateSection
+from rlhf.recipe import Recipe, RewardGateSection
 from rlhf.reward import gate
 from rlhf.sampling import SAMPLED_WITH
 from rlhf.stage import Stage, StageContext
@@ -225,8 +224,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         compile_blocks(actor_critic)
     parts = [part for part in (actor_critic.policy, actor_critic.critic) if part is not None]
     if config.packing == "on":
-        everything = prompts.ids + (eval_prompts.ids if eval_prompts else [])
-        check_packing(config, actor_critic.plain_head, parts, accelerator, max(map(len, everything)))
+        check_packing(actor_critic.plain_head, parts, accelerator)
     pool = graph_pool(config.cuda_graphs, "ppo", parts, accelerator, config.gradient_checkpointing)
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
     return PPOTrainer(
@@ -248,17 +246,13 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     )
 
 
-def check_packing(
-    config: PPOSection, plain_head: bool, models: Sequence[Any], accelerator: Accelerator, longest: int
-) -> None:
+def check_packing(plain_head: bool, models: Sequence[Any], accelerator: Accelerator) -> None:
     """Raises UserError where responses cannot be put side by side, each seeing itself alone, or it would not pay.
 
     Args:
-        config: the recipe's `ppo` section.
         plain_head: see `has_plain_head`: without it the logits of a whole row would be computed.
         models: that read the rows.
         accelerator: packing is for one process.
-        longest: tokens of the longest prompt.
     """
     reason = next((found for model in models if (found := special_attention(model))), None)
     if not plain_head:
@@ -267,12 +261,6 @@ def check_packing(
         reason = f"there are {accelerator.num_processes} processes"
     if reason:
         raise UserError(f"ppo.packing on: {reason}: set ppo.packing: off")
-    try:
-        packed_shapes(config.max_tokens_per_micro_batch, longest + config.response_length, graphs=False)
-    except ValueError as error:
-        raise UserError(
-            f"ppo.packing on: {error}: raise ppo.max_tokens_per_micro_batch or lower ppo.max_prompt_length"
-        ) from None
 
 
 def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -197,6 +197,18 @@ def test_the_section_of_the_real_model_is_of_the_figures_that_are_kept() -> None
     assert page == with_measured(page, written, "real_model"), "run `python -m benchmarks.real_model --table`"
 
 
+def test_pictures_lie_beside_the_figures_of_what_was_measured(tmp_path: Path) -> None:
+    kept = json.loads(real_model.RESULTS.read_text(encoding="utf-8"))
+    compared = {run for run, summary in kept["runs"].items() if "comparison" in summary}
+    without_ppo = {run: {k: v for k, v in summary.items() if k != "ppo"} for run, summary in kept["runs"].items()}
+    real_model.draw(real_model_args(tmp_path, "--out", str(tmp_path / "figures.json")), {"runs": without_ppo})
+    assert {path.name for path in tmp_path.iterdir()} == {f"{run}_frontier.png" for run in compared} != set()
+    page = real_model.PAGE.read_text(encoding="utf-8")
+    for run in compared:
+        for picture in (f"images/{run}_ppo.png", f"images/{run}_frontier.png"):
+            assert picture in page and (real_model.PAGE.parent / picture).is_file()
+
+
 def test_the_learning_curves_of_the_page_are_of_their_file() -> None:
     kept = json.loads((real_model.ROOT / "results" / "learning_smollm2.json").read_text(encoding="utf-8"))
     page = real_model.PAGE.read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf.errors import UserError
 from rlhf.ppo.packing import Packed, Shapes, Sizes, graph_shapes, pack_rows, packed_shapes, plan_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
@@ -231,7 +232,7 @@ def test_a_budget_that_holds_no_row_is_said():
     assert packed_shapes(608, 600, graphs=True) == Packed(608, Sizes(1, 8), Sizes(256, 4))
     assert packed_shapes(608, 600, graphs=False) == Packed(608)
     with pytest.raises(
-        ValueError, match="a row holds 608 tokens, the longest prompt and a response; max_tokens is 607"
+        UserError, match=r"a row holds 608 tokens, .*: raise ppo.max_tokens_per_micro_batch 607 or lower"
     ):
         packed_shapes(607, 600, graphs=True)
 

@@ -232,16 +232,14 @@ def test_a_bias_by_distance_needs_more_than_a_mask():
         ({"window": 8}, "it has layers other than full attention: set ppo.packing: off"),
         ({"ranks": 2}, "there are 2 processes: set ppo.packing: off"),
         ({"plain_head": False}, "the model does more to its logits than its head: set ppo.packing: off"),
-        ({"budget": 63}, "a row holds 64 tokens, .*; max_tokens is 63: raise ppo.max_tokens_per_micro_batch or lower"),
         ({}, None),
     ],
 )
 def test_where_responses_cannot_be_side_by_side(change, message):
-    given = {"window": None, "ranks": 1, "plain_head": True, "budget": 64} | change
+    given = {"window": None, "ranks": 1, "plain_head": True} | change
     attention = SimpleNamespace(_attn_implementation="sdpa", sliding_window=given["window"])
     models = [SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: attention))]
-    section = SimpleNamespace(max_tokens_per_micro_batch=given["budget"], response_length=20)
-    arguments = section, given["plain_head"], models, SimpleNamespace(num_processes=given["ranks"]), 30
+    arguments = given["plain_head"], models, SimpleNamespace(num_processes=given["ranks"])
     if message is None:
         check_packing(*arguments)
         return
