@@ -7,8 +7,9 @@
 
 All sets are cut into the same number of folds by prompt. For each fold one reward model is trained on the other folds
 of all sets together, and on each set measured on the fold: accuracy, accuracy where the better answer is the shorter
-one, and the lead over TF-IDF (fitted on the same folds of that set) with a paired bootstrap over prompts. A fold is
-written when it is done, and the same command continues. `key=value` are settings of the recipe's `reward` section.
+one, the lead over TF-IDF (fitted on the same folds of that set) with a paired bootstrap over prompts, and accuracy of
+the sum of both. A fold is written when it is done, and the same command continues. `key=value` are settings of the
+recipe's `reward` section.
 
 The base must not know the pairs: an SFT model that was taught the preferred answers of these sets has seen the fold.
 `--sft-epochs` does it for each fold, without the fold. `--members` averages reward models of several seeds.
@@ -135,18 +136,18 @@ def right(margins: np.ndarray) -> np.ndarray:
     return (margins > 0) + 0.5 * (margins == 0)
 
 
-def tfidf_verdicts(kept: Path, training: list[Row], rows: list[Row]) -> list[float]:
+def tfidf_margins(kept: Path, training: list[Row], rows: list[Row]) -> list[float]:
     """TF-IDF's, fitted on the training pairs of one set; kept for the next reward model on these folds."""
     key = sha256_json([[(row["chosen"], row["rejected"]) for row in part] for part in (training, rows)])
     found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     if key not in found:
-        found = {key: right(tfidf_baseline(training, rows).margins).tolist()}
+        found = {key: np.asarray(tfidf_baseline(training, rows).margins).round(6).tolist()}
         write_json(kept, found)
     return found[key]
 
 
 def run_fold(args: argparse.Namespace, sets: dict[str, list[Row]], fold: int, root: Path) -> dict[str, Any]:
-    """Train without a fold, measure on it; per set the rows' verdicts of both models."""
+    """Train without a fold, measure on it; per set the margins of both models."""
     known = {name: folds_of(rows, args.folds, args.seed) for name, rows in sets.items()}
     training = {
         name: [row for row, at in zip(rows, known[name], strict=True) if at != fold] for name, rows in sets.items()
@@ -159,12 +160,12 @@ def run_fold(args: argparse.Namespace, sets: dict[str, list[Row]], fold: int, ro
     result: dict[str, Any] = {"fold": fold, "train_pairs": len(mixed), "seconds": seconds, "sets": {}}
     for name in held:
         pairs, rows = reward.rendered_pairs(held[name], renderer, recipe.reward.max_length, name)
-        kept = root / RUN / f"tfidf-{name}-{args.folds}-{args.seed}-{fold}.json"
+        kept = root / RUN / f"tfidf-margins-{name}-{args.folds}-{args.seed}-{fold}.json"
         margins = margins_of(members, renderer, pairs)
         result["sets"][name] = {
             "prompts": [group_key(row["prompt"]) for row in rows],
-            "model": right(margins).tolist(),
-            "tfidf": tfidf_verdicts(kept, training[name], rows),
+            "model": margins.round(6).tolist(),
+            "tfidf": tfidf_margins(kept, training[name], rows),
             "shorter": [len(row["chosen"]) < len(row["rejected"]) for row in rows],
             "too_long": len(held[name]) - len(rows),
         }
@@ -172,22 +173,31 @@ def run_fold(args: argparse.Namespace, sets: dict[str, list[Row]], fold: int, ro
     return result
 
 
+def joined(folds: Sequence[dict[str, Any]], name: str) -> dict[str, np.ndarray]:
+    """[pairs], over the folds: verdicts of both models and of their sum, each in its own standard deviations."""
+    parts = [fold["sets"][name] for fold in folds]
+    margins = {key: [np.array(part[key]) for part in parts] for key in ("model", "tfidf")}
+    scaled = {key: [margin / (margin.std() or 1.0) for margin in values] for key, values in margins.items()}
+    margins["both"] = [sum(pair) for pair in zip(*scaled.values(), strict=True)]
+    verdicts = {key: right(np.concatenate(values)) for key, values in margins.items()}
+    return verdicts | {key: np.concatenate([part[key] for part in parts]) for key in ("shorter", "prompts")}
+
+
 def table(folds: Sequence[dict[str, Any]]) -> str:
     """Markdown, over the folds that are done."""
     lines = [
-        "| set | pairs | reward model | TF-IDF | lead [95 %] | where the shorter is better: model | TF-IDF |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| set | pairs | reward model | TF-IDF | lead [95 %] | sum of both | shorter is better: model | TF-IDF |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in folds[0]["sets"]:
-        parts = [fold["sets"][name] for fold in folds]
-        ours, theirs, shorter = (np.concatenate([part[key] for part in parts]) for key in ("model", "tfidf", "shorter"))
-        prompts = [prompt for part in parts for prompt in part["prompts"]]
-        lead = bootstrap_interval(ours - theirs, clusters=prompts)
-        short = shorter.astype(bool)
-        both = [f"{values[short].mean():.3f}" if short.any() else "-" for values in (ours, theirs)]
+        found = joined(folds, name)
+        lead = bootstrap_interval(found["model"] - found["tfidf"], clusters=found["prompts"].tolist())
+        model, tfidf, both = (f"{found[key].mean():.3f}" for key in ("model", "tfidf", "both"))
+        short = found["shorter"].astype(bool)
+        bias = " | ".join(f"{found[key][short].mean():.3f}" if short.any() else "-" for key in ("model", "tfidf"))
         lines.append(
-            f"| {name} | {len(ours)} | {ours.mean():.3f} | {theirs.mean():.3f} | {lead.value:+.3f} [{lead.low:+.3f}, "
-            f"{lead.high:+.3f}] | {both[0]} | {both[1]} |"
+            f"| {name} | {len(short)} | {model} | {tfidf} | {lead.value:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}] | "
+            f"{both} | {bias} |"
         )
     seconds = [fold["seconds"] for fold in folds]
     return "\n".join(lines) + f"\n\n{len(folds)} folds, {min(seconds):.0f} to {max(seconds):.0f} s of training each."

@@ -38,8 +38,8 @@ def test_every_pair_is_in_one_fold_and_the_words_that_decide_are_found(tmp_path,
     assert sum(len(fold["model"]) for fold in folds) == 160  # train, validation and test, each pair once
     for fold, rows in zip(folds, trained, strict=True):
         assert not {row["prompt"] for row in rows} & set(fold["prompts"])
-    right = [verdict for fold in folds for verdict in fold["model"]]
-    assert sum(right) / len(right) > 0.8
+    both = reward_cv.joined(state["folds"], "preference")
+    assert len(both["model"]) == 160 and both["model"].mean() > 0.8 and both["both"].mean() > 0.8
     assert "| preference | 160 |" in capsys.readouterr().out
     measured(monkeypatch, tmp_path, "trainer.num_train_epochs=4", "--members", "2")
     assert len(trained) == 2  # nothing is done twice
@@ -56,8 +56,8 @@ def test_tfidf_is_fitted_once_for_all_reward_models_on_the_same_folds(tmp_path, 
     second = measured(monkeypatch, tmp_path, "trainer.num_train_epochs=1", "loss=smoothed")
     verdicts = [[fold["sets"]["preference"]["tfidf"] for fold in state["folds"]] for state in (first, second)]
     assert verdicts[0] == verdicts[1] and len(fitted) == 2  # one for each fold
-    reward_cv.tfidf_verdicts(tmp_path / "kept.json", [*honest_pairs(20, seed=1)], honest_pairs(5, seed=2))
-    reward_cv.tfidf_verdicts(tmp_path / "kept.json", [*honest_pairs(20, seed=3)], honest_pairs(5, seed=2))
+    reward_cv.tfidf_margins(tmp_path / "kept.json", [*honest_pairs(20, seed=1)], honest_pairs(5, seed=2))
+    reward_cv.tfidf_margins(tmp_path / "kept.json", [*honest_pairs(20, seed=3)], honest_pairs(5, seed=2))
     assert len(fitted) == 4  # other pairs
 
 
