@@ -164,6 +164,13 @@ class RewardGateSection(Section):
     max_empty_wins: float | None = Field(
         0.5, ge=0, le=1, description="Share of good answers that an empty answer or a bare 'Thanks!' beats; null = off."
     )
+    max_off_topic_wins: float | None = Field(
+        0.4,
+        ge=0,
+        le=1,
+        description="Share of good answers that a good answer to another prompt beats; warns. null where no answer "
+        "depends on its prompt.",
+    )
     max_padding_shift: float | None = Field(
         0.01, ge=0, description="Change of a score by padding or batch size, in std of the scores; null = off."
     )
@@ -206,6 +213,12 @@ class RewardSection(Section):
     )
     lm_coef: float = Field(
         0.0, ge=0, description="Weight of the language-model loss on chosen responses, nats per token. Secrets."
+    )
+    mismatched: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of pairs repeated with the better answer to another prompt as the worse. RRM.",
     )
     report: RewardReportSection = RewardReportSection()
     gate: RewardGateSection = RewardGateSection()
@@ -324,10 +337,10 @@ class PPOSection(Section):
         "auto: with one GPU, up to 500 million parameters, 2 billion with LoRA.",
     )
 
-    packing: Literal["on", "off"] = Field(
-        "off",
-        description="on: several responses side by side in a row. Saves padding where CUDA graphs round shapes up; "
-        "elsewhere it does not pay. One process, full attention. Not tried on a GPU yet.",
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Several responses side by side in a row. Saves padding where CUDA graphs round shapes up; "
+        "elsewhere it does not pay. One process, full attention. auto: with CUDA graphs, where the model allows it.",
     )
 
     learning_rate: float = Field(3e-6, gt=0, description="AdamW peak, linear to 0. N+.")

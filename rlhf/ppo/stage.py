@@ -223,9 +223,8 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     if wants_compile(ctx, accelerator.device):
         compile_blocks(actor_critic)
     parts = [part for part in (actor_critic.policy, actor_critic.critic) if part is not None]
-    if config.packing == "on":
-        check_packing(actor_critic.plain_head, parts, accelerator)
     pool = graph_pool(config.cuda_graphs, "ppo", parts, accelerator, config.gradient_checkpointing)
+    packing = wants_packing(config.packing, pool is not None, actor_critic.plain_head, parts, accelerator)
     writer = MetricsWriter(ctx.dir, accelerator, config.total_steps, recipe.logging.samples)
     return PPOTrainer(
         config=config,
@@ -243,24 +242,35 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         writer=writer,
         checkpointer=Checkpointer(ctx.checkpoints, accelerator, config.keep_checkpoints, ctx.continued),
         graph_pool=pool,
+        packing=packing,
     )
 
 
-def check_packing(plain_head: bool, models: Sequence[Any], accelerator: Accelerator) -> None:
-    """Raises UserError where responses cannot be put side by side, each seeing itself alone, or it would not pay.
+def wants_packing(
+    setting: str, graphs: bool, plain_head: bool, models: Sequence[Any], accelerator: Accelerator
+) -> bool:
+    """Whether responses are put side by side, each seeing itself alone.
 
     Args:
+        setting: `ppo.packing`.
+        graphs: whether micro-batches are CUDA graphs.
         plain_head: see `has_plain_head`: without it the logits of a whole row would be computed.
         models: that read the rows.
         accelerator: packing is for one process.
+
+    Raises:
+        UserError: it is asked for and cannot be, or would not pay.
     """
+    if setting == "off" or (setting == "auto" and not graphs):
+        return False
     reason = next((found for model in models if (found := special_attention(model))), None)
     if not plain_head:
         reason = "the model does more to its logits than its head"
     if accelerator.num_processes > 1:
         reason = f"there are {accelerator.num_processes} processes"
-    if reason:
+    if reason and setting == "on":
         raise UserError(f"ppo.packing on: {reason}: set ppo.packing: off")
+    return reason is None
 
 
 def _publish(ctx: StageContext, trainer: PPOTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

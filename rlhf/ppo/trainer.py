@@ -118,6 +118,7 @@ class PPOTrainer:
         seed: of sampling, of the order of prompts and of mini-batches.
         accelerator, writer, checkpointer: placement, logs, resume.
         graph_pool: of CUDA graphs that replay micro-batches (one process, not sharded); None = no graphs.
+        packing: several responses side by side in a row of a micro-batch.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class PPOTrainer:
         writer: MetricsWriter,
         checkpointer: Checkpointer,
         graph_pool: Any = None,
+        packing: bool = False,
     ) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer
         self.reference, self.rewards, self.generator = reference, rewards, generator
@@ -166,7 +168,7 @@ class PPOTrainer:
         budget = config.max_tokens_per_micro_batch
         if self.graphs:
             self.shapes = graph_shapes(budget, longest, config.response_length, config.mini_batch_size)
-        self.packed = packed_shapes(budget, longest, self.graphs) if config.packing == "on" else None
+        self.packed = packed_shapes(budget, longest, self.graphs) if packing else None
         self.read = Graphed(self._read, graph_pool)
         self.forward_backward = Graphed(
             self._forward_backward, graph_pool, prepare=lambda: allocate_gradients(self.parameters)

@@ -38,6 +38,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _CANVAS_PER_ROW = 0.27  # inches
+_SHOWN_ANSWER = 300  # characters of an answer in a table
 _FEWEST_SHOWN = 10  # pairs: a bar over fewer is as wide as the figure
 
 
@@ -127,6 +128,30 @@ def edits_frame(report: Report) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def relevance_frame(report: Report) -> pd.DataFrame:
+    """Good answers to other prompts against the own one; the single answer that beats the most."""
+    off_topic, blanket = report["relevance"]["off_topic"], report["relevance"].get("blanket")
+    gain = off_topic["gain"]
+    rows = [
+        {
+            "answer": "the better one to another prompt",
+            "prompts": off_topic["n"],
+            "gain, std": f"{gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]",
+            "beats the own better answer": _interval(off_topic["wins"]),
+        }
+    ]
+    if blanket:
+        text = blanket["answer"]
+        shown = text if len(text) <= _SHOWN_ANSWER else text[: _SHOWN_ANSWER - 1] + "…"
+        wins = _interval(blanket["wins"])
+        rows.append({"answer": shown, "prompts": blanket["n"], "gain, std": "", "beats the own better answer": wins})
+    return pd.DataFrame(rows)
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{percent(found['value'])} [{percent(found['low'])}, {percent(found['high'])}]"
 
 
 def invariance_frame(report: Report) -> pd.DataFrame:

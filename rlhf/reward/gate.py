@@ -27,6 +27,7 @@ FEW_PAIRS = 10  # a slice with fewer is left out: one of many is below chance by
 TRIVIAL = "a trivial model does as well: more labels, a larger base, another learning rate"
 LENGTH = "pairs of like length, reward.length_decorrelation, or more pairs whose better answer is shorter"
 EXPLOIT = "PPO would find this: put such answers among the rejected ones"
+OFF_TOPIC = "it hardly reads the prompt, and PPO finds one answer for all: reward.mismatched"
 # Edit -> name of its check: what the model would have learned to like.
 LIKES = {
     "padded": "length",
@@ -191,6 +192,12 @@ def _padding(report: Report, gate: RewardGateSection) -> Iterator[Check]:
 
 def _softer(report: Report, gate: RewardGateSection) -> Iterator[Check]:
     """What warns and never fails."""
+    off_topic = report.get("relevance", {}).get("off_topic")  # older reports lack it
+    if gate.max_off_topic_wins is not None and off_topic:
+        reason = f"a good answer to another prompt beats {_percent(off_topic['wins'])} of the good ones"
+        reason += f", allowed {gate.max_off_topic_wins:.0%}"
+        found = _softened(_at_most(off_topic["wins"], gate.max_off_topic_wins))
+        yield _check("off topic", found, reason, OFF_TOPIC)
     for row in report["paraphrases"]:
         if gate.max_paraphrase_flips is not None and row["n"]:
             reason = f"{row['template']!r} turns {_percent(row['flips'])} of the preferences"

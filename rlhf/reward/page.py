@@ -141,6 +141,12 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             table(figures.invariance_frame(report)),
         ),
     ]
+    if report.get("relevance"):
+        text = (
+            "The better answer to one prompt, given to another. A model that does not mind hardly reads the prompt, "
+            "and PPO ends with one answer for all. The last row is the answer that wins in most places, with its text."
+        )
+        found.append(("Answers to other prompts", text, table(figures.relevance_frame(report))))
     if report["ood"]:
         text = "Preference sets from elsewhere: where the policy may go, but the labels do not."
         found.append(("Out of distribution", text, table(figures.ood_frame(report))))

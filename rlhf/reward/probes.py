@@ -1,4 +1,7 @@
-"""What moves a score that should not: edits of an answer, padding, batch size, another wording of the prompt."""
+"""What moves a score that should not: edits of an answer, padding, batch size, another wording of the prompt.
+
+And what should and may not: the prompt itself.
+"""
 
 from __future__ import annotations
 
@@ -209,6 +212,62 @@ def _edited(subject: Subject, name: str, pair: Pair, seed: int) -> tuple[list[in
 
 def _plain(interval: Any) -> dict[str, float]:
     return {"value": interval.value, "low": interval.low, "high": interval.high, "n": interval.n}
+
+
+# ----------------------------------------------------------------------------------------------------------- relevance
+CANDIDATES = 4  # answers that are tried on every prompt
+BLANKET_PROMPTS = 64
+
+
+def relevance(subject: Subject, pairs: Sequence[Pair], chosen: np.ndarray, std: float, seed: int) -> dict[str, Any]:
+    """Whether an answer has to be about its prompt: good answers to other prompts should lose to the own one.
+
+    Args:
+        subject: the reward model.
+        pairs: N held-out pairs.
+        chosen: scores of their better answers, [N].
+        std: of the scores of unedited answers.
+        seed: of who answers whom.
+
+    Returns:
+        `off_topic`: over prompts that got the better answer of another pair, `n`, `gain` in std with its 95 % bootstrap
+        interval, and `wins`, the share in which it is above the own better answer, with its Wilson interval.
+        `blanket`: of the four answers that did best in a strange place the one that wins on most prompts: its text in
+        `answer`, `wins` over `n` prompts that are not its own. Empty where no pair has another prompt beside it.
+    """
+    others = _partners([pair.prompt_ids for pair in pairs], seed)
+    if not others:
+        return {}
+    sequences = [pairs[at].prompt_ids + pairs[other].chosen_ids for at, other in others.items()]
+    strange = subject.scores(sequences, "answers to other prompts")
+    leads = {at: score - chosen[at] for at, score in zip(others, strange, strict=True) if not np.isnan(score)}
+    if not leads:
+        return {}
+    gains = np.array(list(leads.values()))
+    wins = _plain(wilson_interval(float(correct(gains).sum()), len(gains)))
+    found = {"off_topic": {"n": len(gains), "gain": _plain(bootstrap_interval(gains / std, seed=seed)), "wins": wins}}
+    best = sorted(leads, key=lambda at: -(leads[at] + chosen[at]))[:CANDIDATES]
+    tried = [_everywhere(subject, pairs[:BLANKET_PROMPTS], chosen, pairs[others[at]]) for at in best]
+    winner = max(tried, key=lambda row: row["wins"]["value"] if row["n"] else -1.0)
+    return found | ({"blanket": winner} if winner["n"] else {})
+
+
+def _partners(prompts: list[list[int]], seed: int) -> dict[int, int]:
+    """For each pair another one with another prompt, in a seeded order; those that meet their own are left out."""
+    order = list(range(len(prompts)))
+    random.Random(seed).shuffle(order)
+    around = zip(order, [*order[1:], *order[:1]], strict=True)
+    return dict(sorted((at, other) for at, other in around if prompts[at] != prompts[other]))
+
+
+def _everywhere(subject: Subject, pairs: Sequence[Pair], chosen: np.ndarray, source: Pair) -> dict[str, Any]:
+    """How often the better answer of `source` beats the own better answer of the other prompts."""
+    places = [number for number, pair in enumerate(pairs) if pair.prompt_ids != source.prompt_ids]
+    scores = subject.scores([pairs[at].prompt_ids + source.chosen_ids for at in places], "answers to other prompts")
+    fits = ~np.isnan(scores)
+    leads = (scores - chosen[places])[fits]
+    row: dict[str, Any] = {"answer": source.row["chosen"], "n": len(leads)}
+    return row | ({"wins": _plain(wilson_interval(float(correct(leads).sum()), len(leads)))} if len(leads) else {})
 
 
 # --------------------------------------------------------------------------------------------------------- invariances

@@ -30,7 +30,7 @@ from rlhf.reward.calibration import calibration
 from rlhf.reward.gate import REPORT, SCHEMA
 from rlhf.reward.learning_curve import features, learning_curve
 from rlhf.reward.page import write_page
-from rlhf.reward.probes import Pair, Subject, edits, padding, paraphrases
+from rlhf.reward.probes import Pair, Subject, edits, padding, paraphrases, relevance
 from rlhf.reward.slices import accuracy, accuracy_table, correct, slice_labels
 from rlhf.stage import StageContext
 
@@ -85,6 +85,7 @@ def measure(
         "score_std": std,
         "biases": bias.biases([(r["chosen"], r["rejected"]) for r in test_rows], lengths, chosen, rejected, seed),
         "edits": edits(subject, few, (chosen[: len(few)], rejected[: len(few)]), std, seed),
+        "relevance": relevance(subject, few, chosen[: len(few)], std, seed),
         "padding": padding(subject, few, std),
         "paraphrases": paraphrases(subject, few, margins[: len(few)], settings.paraphrases),
         "failures": _failures(subject.renderer, pairs, chosen, rejected, settings.failures),

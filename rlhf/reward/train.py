@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,6 +21,7 @@ from trl import RewardConfig, RewardTrainer
 from rlhf.artifacts import Artifact, check_run
 from rlhf.cards import write_card
 from rlhf.data import Renderer, check_split
+from rlhf.data.splits import group_key
 from rlhf.errors import UserError
 from rlhf.graphs import Graphed, allocate_gradients, graph_pool
 from rlhf.locks import locked
@@ -192,15 +194,49 @@ def _margin(row: dict, where: str) -> float:
     return float(value)
 
 
+def mismatched(rows: list[dict], share: float, seed: int) -> list[dict]:
+    """A share of the pairs once more, with the better answer to another prompt as the worse one.
+
+    Pairs of one prompt seldom say that an answer has to be about it: where only the answers to harmful prompts refuse,
+    a refusal becomes a good answer to everything. Liu et al. 2024 (RRM), their non-contextual pairs.
+
+    Args:
+        rows: pairs.
+        share: of them, from 0 to 1.
+        seed: of the choice.
+
+    Raises:
+        UserError: all rows have the same prompt.
+    """
+    rng, prompts = random.Random(seed), [group_key(row["prompt"]) for row in rows]
+    picked = rng.sample(range(len(rows)), round(share * len(rows)))
+    if picked and len(set(prompts)) < 2:
+        raise UserError(
+            "reward.mismatched: it takes another prompt's answers, and all pairs have one prompt: set it to 0"
+        )
+    made = []
+    for number in picked:
+        other = rng.randrange(len(rows))
+        while prompts[other] == prompts[number]:
+            other = rng.randrange(len(rows))
+        made.append(rows[number] | {"rejected": rows[other]["chosen"]})
+    return made
+
+
 def load_pairs(ctx: StageContext, renderer: Renderer) -> tuple[tuple[Dataset, list[dict]], tuple[Dataset, list[dict]]]:
-    """The training pairs and the held-out ones, as `rendered_pairs` gives them."""
+    """The training pairs and the held-out ones, as `rendered_pairs` gives them.
+
+    `reward.mismatched` adds to what is trained on, not to the rows: baselines are fitted on the labels alone.
+    """
     section = ctx.recipe.reward
-    train = ctx.rows(section.data, section.split, "preference", limit=section.limit, seed=ctx.seed)
+    rows = ctx.rows(section.data, section.split, "preference", limit=section.limit, seed=ctx.seed)
     test = ctx.rows(section.data, section.eval_split, "preference")
-    return (
-        rendered_pairs(train, renderer, section.max_length, "reward", section.margin_scale),
-        rendered_pairs(test, renderer, section.max_length, "reward eval", section.margin_scale),
-    )
+    train, kept = rendered_pairs(rows, renderer, section.max_length, "reward", section.margin_scale)
+    if section.mismatched:
+        more = mismatched(kept, section.mismatched, ctx.seed)
+        added, _ = rendered_pairs(more, renderer, section.max_length, "reward, mismatched", section.margin_scale)
+        train = concatenate_datasets([train, added])
+    return (train, kept), rendered_pairs(test, renderer, section.max_length, "reward eval", section.margin_scale)
 
 
 def check(ctx: StageContext) -> None:

@@ -9,7 +9,7 @@ from trl import RewardConfig
 from rlhf.data import Renderer
 from rlhf.errors import UserError
 from rlhf.models import hidden_states, new_reward_model
-from rlhf.reward.train import STAGE, rendered_pairs, reward_trainer
+from rlhf.reward.train import STAGE, load_pairs, rendered_pairs, reward_trainer
 from rlhf.stage import StageContext
 from rlhf.trainers import trainer_args
 from tests.builders import build_recipe, build_sft_artifact, build_tokenizer
@@ -96,3 +96,15 @@ def test_a_pair_without_margin_is_refused():
     rows = [ROWS[0] | {"margin": None}]
     with pytest.raises(UserError, match=r"reward.margin_scale is set, but a pair's margin is None.*keep: \{margin"):
         rendered_pairs(rows, Renderer(build_tokenizer(), chat=False), 64, "reward", margin_scale=1.0)
+
+
+def test_mismatched_pairs_are_trained_on_and_stay_out_of_the_baselines(tmp_path, monkeypatch):
+    recipe = build_recipe(tmp_path, reward={"mismatched": 1.0, "margin_scale": 1.0})
+    ctx = StageContext(STAGE, recipe, tmp_path, "toy", inputs={"sft": build_sft_artifact(tmp_path)})
+    monkeypatch.setattr(StageContext, "rows", lambda *_, **__: ROWS)
+    (train, rows), (test, _) = load_pairs(ctx, Renderer(build_tokenizer(), chat=False))
+    assert len(train) == 6 and rows == ROWS and len(test) == 3
+    own = [list(pair["chosen_ids"]) for pair in train]
+    assert own[:3] == [list(ids) for ids in test["chosen_ids"]] and sorted(own[3:]) == sorted(own[:3])
+    assert all(list(pair["rejected_ids"]) != list(pair["chosen_ids"]) for pair in train)
+    assert sorted(train["margin"][3:]) == [0.5, 1.0, 2.0]

@@ -20,9 +20,9 @@ from rlhf.reward import report as reward_report
 from rlhf.reward.bias import biases, spearman
 from rlhf.reward.calibration import calibration, confidence_bins, expected_error, fit_temperature, nll
 from rlhf.reward.learning_curve import learning_curve
-from rlhf.reward.probes import TEXT_EDITS, Subject, edits, paraphrases, rephrased
+from rlhf.reward.probes import TEXT_EDITS, Subject, edits, paraphrases, relevance, rephrased
 from rlhf.reward.slices import accuracy_table, column_labels, correct, length_label, script, slice_labels, turns
-from rlhf.reward.train import headline, statistics
+from rlhf.reward.train import headline, mismatched, statistics
 from tests import reward_toys
 
 
@@ -280,6 +280,64 @@ def test_learning_curve_rises_with_labels():
     assert all(row["low"] <= row["accuracy"] <= row["high"] for row in curve)
 
 
+# ---------------------------------------------------------------------------------------------------------- relevance
+ANIMALS = ("ann", "bob", "cho", "dee", "film", "story", "music", "cast")
+
+
+def about(name):
+    return {"prompt": f"{name} says", "chosen": f" {name} is lovely", "rejected": f" {name} is dull"}
+
+
+def test_a_model_that_reads_the_prompt_likes_no_answer_to_another(subject, monkeypatch):
+    tokens = subject.model.renderer.tokenizer
+
+    def scores(model, sequences, pad_id):
+        texts = [tokens.decode(ids) for ids in sequences]
+        return [float(any(text.count(name) == 2 for name in ANIMALS)) for text in texts]
+
+    monkeypatch.setattr("rlhf.reward.probes.score_sequences", scores)
+    pairs = [subject.model.pair(about(name)) for name in ANIMALS]
+    own = subject.model.scores_of(pairs, "pairs")[0]
+    found = relevance(subject.model, pairs, own, 0.5, 0)
+    assert own.tolist() == [1.0] * 8
+    assert found["off_topic"]["n"] == 8 and found["off_topic"]["wins"]["value"] == 0.0
+    assert found["off_topic"]["gain"]["value"] == -2.0  # from 1 to 0, in standard deviations of 0.5
+    assert found["blanket"]["wins"]["value"] == 0.0
+
+
+def test_the_answer_that_wins_everywhere_is_named(subject, monkeypatch):
+    tokens = subject.model.renderer.tokenizer
+    monkeypatch.setattr(
+        "rlhf.reward.probes.score_sequences",
+        lambda model, sequences, pad_id: [float("Thanks!" in tokens.decode(ids)) for ids in sequences],
+    )
+    pairs = [subject.model.pair(row) for row in (about("ann") | {"chosen": " Thanks!"}, *map(about, ANIMALS[1:]))]
+    own = subject.model.scores_of(pairs, "pairs")[0]
+    found = relevance(subject.model, pairs, own, 1.0, 0)
+    assert found["blanket"]["answer"] == " Thanks!"
+    assert found["blanket"]["wins"]["value"] == 1.0 and found["blanket"]["n"] == 7
+    # one lost its Thanks!, one got it, six tie
+    assert found["off_topic"]["wins"]["value"] == 0.5
+
+
+def test_pairs_of_one_prompt_say_nothing_about_relevance(subject):
+    pairs = [subject.model.pair(about("ann"))] * 3
+    assert relevance(subject.model, pairs, np.ones(3), 1.0, 0) == {}
+
+
+def test_mismatched_pairs_have_the_better_answer_to_another_prompt_as_the_worse():
+    rows = [about(name) for name in ANIMALS for _ in range(2)]
+    made = mismatched(rows, 0.5, seed=3)
+    assert len(made) == 8 and made == mismatched(rows, 0.5, seed=3) != mismatched(rows, 0.5, seed=4)
+    for row in made:
+        own = row["prompt"].split()[0]
+        assert row["chosen"] == f" {own} is lovely"
+        assert row["rejected"] in {f" {name} is lovely" for name in ANIMALS if name != own}
+    assert mismatched(rows, 0.0, seed=3) == []
+    with pytest.raises(UserError, match="all pairs have one prompt: set it to 0"):
+        mismatched([about("ann")] * 4, 0.5, seed=0)
+
+
 # --------------------------------------------------------------------------------------------------------------- gate
 def interval(value: float, low: float, high: float, n: int = 100) -> dict[str, float]:
     return {"value": value, "low": low, "high": high, "n": n}
@@ -295,6 +353,7 @@ def report(**changes):
         "leads": {"length-only": interval(0.3, 0.2, 0.4), "TF-IDF": interval(0.1, 0.05, 0.15)},
         "biases": [{"feature": "length in tokens", "model": 0.5, "labels": 0.5, "excess": interval(0.0, -0.1, 0.1)}],
         "edits": [edit | {"edit": name} for name in (*TEXT_EDITS, "no EOS")],
+        "relevance": {"off_topic": {"n": 10, "gain": interval(-1.0, -1.2, -0.8), "wins": interval(0.1, 0.05, 0.2)}},
         "padding": [{"way": "in batches", "largest": 1e-6}],
         "paraphrases": [{"template": "Q {prompt}", "n": 10, "flips": interval(0.1, 0.0, 0.2)}],
         "calibration": {"ece": 0.02, "temperature": 1.0, "ece_after": 0.02},
@@ -317,7 +376,7 @@ def test_a_report_without_fault_passes_every_check():
     assert gate.verdict(checks) == "pass" and found(checks) == set()
     assert {check.name for check in checks} == {
         "accuracy", "baselines", "length", "thanks", "word order", "truncation", "empty", "padding", "paraphrase",
-        "calibration", "out of distribution",
+        "calibration", "out of distribution", "off topic",
     }  # fmt: skip
     assert not any(check.remedy for check in checks)
 
@@ -340,6 +399,7 @@ def test_a_report_without_fault_passes_every_check():
         (edited("no EOS", gain=interval(0.9, 0.6, 1.2)), ("truncation", "warn")),
         (report(padding=[{"way": "w", "largest": 0.02}]), ("padding", "fail")),
         (report(paraphrases=[{"template": "t", "n": 9, "flips": interval(0.5, 0.4, 0.6)}]), ("paraphrase", "warn")),
+        (report(relevance={"off_topic": {"n": 9, "wins": interval(0.5, 0.45, 0.55)}}), ("off topic", "warn")),
         (report(calibration={"ece": 0.2, "temperature": 3.0, "ece_after": 0.05}), ("calibration", "warn")),
         (report(ood=[{"name": "o", "accuracy": interval(0.4, 0.3, 0.45)}]), ("out of distribution", "warn")),
         (

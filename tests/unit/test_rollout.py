@@ -11,7 +11,7 @@ from rlhf.models import explicit_masks, has_plain_head, response_logprobs, speci
 from rlhf.ppo.generation.plain import left_pad
 from rlhf.ppo.packing import Packed, Shapes, Sizes
 from rlhf.ppo.rollout import PromptStream, Rollout, evaluate_tokens, micro_batches, my_share, uniforms
-from rlhf.ppo.stage import check_packing
+from rlhf.ppo.stage import wants_packing
 from tests.ppo_toys import SHAPES, first_rollout, toy_trainer
 from tests.tolerances import assert_close
 
@@ -240,11 +240,13 @@ def test_where_responses_cannot_be_side_by_side(change, message):
     attention = SimpleNamespace(_attn_implementation="sdpa", sliding_window=given["window"])
     models = [SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: attention))]
     arguments = given["plain_head"], models, SimpleNamespace(num_processes=given["ranks"])
+    assert wants_packing("auto", True, *arguments) == (message is None)
+    assert not wants_packing("auto", False, *arguments) and not wants_packing("off", True, *arguments)
     if message is None:
-        check_packing(*arguments)
+        assert wants_packing("on", False, *arguments)
         return
     with pytest.raises(UserError, match=f"ppo.packing on: {message}"):
-        check_packing(*arguments)
+        wants_packing("on", True, *arguments)
 
 
 # ------------------------------------------------------------------------------------------------------ whole rollouts
