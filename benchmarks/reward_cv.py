@@ -13,6 +13,7 @@ recipe's `reward` section.
 
 The base must not know the pairs: an SFT model that was taught the preferred answers of these sets has seen the fold.
 `--sft-epochs` does it for each fold, without the fold. `--members` averages reward models of several seeds.
+`--only` makes some of the folds; `--publish` puts files together.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from trl import RewardConfig, SFTConfig
 
+from benchmarks.start import with_measured
 from pipelines.cli import keep_freed_memory
 from rlhf.artifacts import sha256_json, write_json
 from rlhf.data import Renderer, load_data_recipe, load_rows
@@ -47,6 +49,8 @@ from rlhf.trainers import trainer_args
 from rlhf.yamlio import validate
 
 Row = dict[str, Any]
+RESULTS = Path(__file__).parent / "results" / "reward_cv.json"
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 RUN = "cv"  # folder below the artifact directory
 
 
@@ -183,24 +187,50 @@ def joined(folds: Sequence[dict[str, Any]], name: str) -> dict[str, np.ndarray]:
     return verdicts | {key: np.concatenate([part[key] for part in parts]) for key in ("shorter", "prompts")}
 
 
-def table(folds: Sequence[dict[str, Any]]) -> str:
-    """Markdown, over the folds that are done."""
-    lines = [
-        "| set | pairs | reward model | TF-IDF | lead [95 %] | sum of both | shorter is better: model | TF-IDF |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def summary(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers alone, no text of the sets, of the folds in one or several files of the same settings.
+
+    Raises:
+        SystemExit: the files do not belong together.
+    """
+    about = states[0]["about"]
+    folds = sorted((fold for state in states for fold in state["folds"]), key=lambda fold: fold["fold"])
+    numbers = [fold["fold"] for fold in folds]
+    if any(state["about"] != about for state in states) or len(set(numbers)) < len(numbers):
+        raise SystemExit("error: the files hold other settings, or a fold twice: name those of one cross-validation")
+    sets = {}
     for name in folds[0]["sets"]:
         found = joined(folds, name)
-        lead = bootstrap_interval(found["model"] - found["tfidf"], clusters=found["prompts"].tolist())
-        model, tfidf, both = (f"{found[key].mean():.3f}" for key in ("model", "tfidf", "both"))
-        short = found["shorter"].astype(bool)
-        bias = " | ".join(f"{found[key][short].mean():.3f}" if short.any() else "-" for key in ("model", "tfidf"))
-        lines.append(
-            f"| {name} | {len(short)} | {model} | {tfidf} | {lead.value:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}] | "
-            f"{both} | {bias} |"
-        )
-    seconds = [fold["seconds"] for fold in folds]
-    return "\n".join(lines) + f"\n\n{len(folds)} folds, {min(seconds):.0f} to {max(seconds):.0f} s of training each."
+        prompts, short = found["prompts"].tolist(), found["shorter"].astype(bool)
+        sets[name] = {"pairs": len(short), "shorter_is_better": int(short.sum())}
+        for key in ("model", "tfidf", "both"):
+            sets[name][key] = {"all": float(found[key].mean())}
+            if short.any():
+                sets[name][key]["shorter"] = float(found[key][short].mean())
+            lead = bootstrap_interval(found[key] - found["tfidf"], clusters=prompts)
+            sets[name][key]["lead"] = [lead.value, lead.low, lead.high]
+    told = {"folds": numbers, "train_pairs": [fold["train_pairs"] for fold in folds]}
+    told["seconds"] = [round(fold["seconds"], 1) for fold in folds]
+    return {"about": about} | {key: states[0].get(key) for key in ("commit", "packages")} | told | {"sets": sets}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown of a `summary`."""
+    lines = [
+        "| set | pairs | TF-IDF | reward model | lead [95 %] | sum of both | lead [95 %] | shorter is better | "
+        "TF-IDF | reward model | sum of both |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["sets"].items():
+        cells = [name, f"{row['pairs']:,}", f"{row['tfidf']['all']:.3f}"]
+        for key in ("model", "both"):
+            value, low, high = row[key]["lead"]
+            cells += [f"{row[key]['all']:.3f}", f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"]
+        cells.append(f"{row['shorter_is_better']:,}")
+        cells += [f"{row[key]['shorter']:.3f}" if "shorter" in row[key] else "-" for key in ("tfidf", "model", "both")]
+        lines.append(f"| {' | '.join(cells)} |")
+    low, high = min(found["seconds"]), max(found["seconds"])
+    return "\n".join(lines) + f"\n\n{len(found['folds'])} folds, {low:.0f} to {high:.0f} s of training each."
 
 
 def parse() -> argparse.Namespace:
@@ -209,8 +239,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", help="of the reward section, such as loss=smoothed trainer.learning_rate=1e-5"
     )
-    parser.add_argument("--base", required=True, help="folder of the model that the reward model starts from")
-    parser.add_argument("--data", nargs="+", required=True, help="data recipes")
+    parser.add_argument("--publish", nargs="+", type=Path, help="files of --out: their table into docs/results.md")
+    parser.add_argument("--base", help="folder of the model that the reward model starts from")
+    parser.add_argument("--data", nargs="+", help="data recipes")
     parser.add_argument("--chat", action="store_true", help="render with the model's chat template")
     parser.add_argument("--sft-epochs", type=float, default=0, help="first on the preferred answers of the same folds")
     parser.add_argument("--sft-learning-rate", type=float, default=3e-5)
@@ -221,16 +252,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--artifacts", default="artifacts", help="where cleaned data go")
-    parser.add_argument("--out", required=True, help="JSON file; what it holds already is not done again")
-    return parser.parse_intermixed_args()
+    parser.add_argument("--out", help="JSON file; what it holds already is not done again")
+    args = parser.parse_intermixed_args()
+    if not args.publish and not (args.base and args.data and args.out):
+        parser.error("give --base, --data and --out, or --publish")
+    return args
+
+
+def publish(files: Sequence[Path]) -> None:
+    """Write the summary and its table."""
+    found = summary([json.loads(path.read_text(encoding="utf-8")) for path in files])
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(with_measured(PAGE.read_text(encoding="utf-8"), table(found), "reward_cv"), encoding="utf-8")
 
 
 def main() -> None:
     """Measure, print, write after each fold."""
     keep_freed_memory()
     args = parse()
+    if args.publish:
+        return publish(args.publish)
     out, root = Path(args.out), Path(args.artifacts)
-    about = {key: value for key, value in vars(args).items() if key not in ("out", "only", "artifacts", "base")}
+    about = {
+        key: value for key, value in vars(args).items() if key not in ("out", "only", "artifacts", "base", "publish")
+    }
     state = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"about": about, "folds": []}
     if state["about"] != about:
         raise SystemExit(f"error: {out} was measured with {state['about']}: name another file")
@@ -240,7 +285,7 @@ def main() -> None:
             state["folds"].append(run_fold(args, sets, fold, root))
             state |= {"commit": git_commit(), "packages": package_versions()}
             out.write_text(json.dumps(state), encoding="utf-8")
-    print(table(state["folds"]))
+    print(table(summary([state])))
 
 
 if __name__ == "__main__":

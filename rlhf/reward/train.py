@@ -232,8 +232,7 @@ def load_pairs(ctx: StageContext, renderer: Renderer) -> tuple[tuple[Dataset, li
     rows = ctx.rows(section.data, section.split, "preference", limit=section.limit, seed=ctx.seed)
     test = ctx.rows(section.data, section.eval_split, "preference")
     train, kept = rendered_pairs(rows, renderer, section.max_length, "reward", section.margin_scale)
-    if section.mismatched:
-        more = mismatched(kept, section.mismatched, ctx.seed)
+    if more := mismatched(kept, section.mismatched, ctx.seed):
         added, _ = rendered_pairs(more, renderer, section.max_length, "reward, mismatched", section.margin_scale)
         train = concatenate_datasets([train, added])
     return (train, kept), rendered_pairs(test, renderer, section.max_length, "reward eval", section.margin_scale)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ablations, cpu, figures, real_model, reward_vs_trl
+from benchmarks import ablations, cpu, figures, real_model, reward_cv, reward_vs_trl
 from benchmarks.our_side import timed_step
 from benchmarks.ppo_vs_trl import WORKLOADS, summary, table
 from benchmarks.start import random_context, side_specs, with_measured
@@ -213,6 +213,8 @@ def test_the_learning_curves_of_the_page_are_of_their_file() -> None:
     kept = json.loads((real_model.ROOT / "results" / "learning_smollm2.json").read_text(encoding="utf-8"))
     page = real_model.PAGE.read_text(encoding="utf-8")
     assert page == with_measured(page, report(kept["results"]), "learning_smollm2")
+    kept = json.loads(reward_cv.RESULTS.read_text(encoding="utf-8"))
+    assert page == with_measured(page, reward_cv.table(kept), "reward_cv")
 
 
 def test_the_time_of_a_step_that_was_stopped_is_kept_and_nothing_is_run_after_it(

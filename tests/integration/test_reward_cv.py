@@ -38,6 +38,13 @@ def test_every_pair_is_in_one_fold_and_the_words_that_decide_are_found(tmp_path,
     assert sum(len(fold["model"]) for fold in folds) == 160  # train, validation and test, each pair once
     for fold, rows in zip(folds, trained, strict=True):
         assert not {row["prompt"] for row in rows} & set(fold["prompts"])
+    found = reward_cv.summary([state | {"folds": [fold]} for fold in state["folds"][::-1]])  # a file for each
+    assert found == reward_cv.summary([state]) and found["folds"] == [0, 1]
+    row = found["sets"]["preference"]
+    assert row["pairs"] == 160 and row["tfidf"]["lead"] == [0, 0, 0]
+    assert row["model"]["lead"][0] == pytest.approx(row["model"]["all"] - row["tfidf"]["all"])
+    with pytest.raises(SystemExit, match="or a fold twice"):
+        reward_cv.summary([state, state])
     both = reward_cv.joined(state["folds"], "preference")
     assert len(both["model"]) == 160 and both["model"].mean() > 0.8 and both["both"].mean() > 0.8
     assert "| preference | 160 |" in capsys.readouterr().out
