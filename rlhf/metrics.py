@@ -40,11 +40,13 @@ PPO = {
     "rollout/logprob_drift": "Mean |sampler's - training forward's log-probability| in nats per token; numerical "
     "noise.",
     "rollout/distinct_2": "Different two-word sequences by all of them, over the responses of the step.",
+    "rollout/refusal_rate": "Share of responses that refuse, by a list of English and Chinese phrases.",
     "alerts/kl": "1 where objective/kl is above ppo.alerts.kl (or ppo.max_kl), else 0.",
     "alerts/eos_rate": "1 where the EOS rate has collapsed: below ppo.alerts.eos_rate of step 1's.",
     "alerts/entropy": "1 where the entropy per token has collapsed: below ppo.alerts.entropy of step 1's.",
     "alerts/length": "1 where the length has drifted by a factor of ppo.alerts.length from step 1's.",
     "alerts/repetition": "1 where distinct-2 is below ppo.alerts.repetition of step 1's and the score above step 1's.",
+    "alerts/refusals": "1 where the share of refusals is above step 1's by ppo.alerts.refusals.",
     "alerts/judge": "1 where a source of weight 0 fell by ppo.alerts.judge of its std and the score rose.",
     "eval/scores": "objective/scores on held-out prompts, every time with the same random numbers.",
     "eval/kl": "objective/kl on held-out prompts.",

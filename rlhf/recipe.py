@@ -278,10 +278,13 @@ class AlertsSection(Section):
     repetition: float | None = Field(
         0.5, gt=0, le=1, description="distinct-2 below this share of step 1's while the score rose; null = off."
     )
+    refusals: float | None = Field(
+        0.25, gt=0, lt=1, description="Share of responses that refuse above step 1's by so much; null = off."
+    )
     judge: float | None = Field(
         0.5, gt=0, description="A source of weight 0 fell by so many of its std while the score rose; null = off."
     )
-    stop: list[Literal["kl", "eos_rate", "entropy", "length", "repetition", "judge"]] = Field(
+    stop: list[Literal["kl", "eos_rate", "entropy", "length", "repetition", "refusals", "judge"]] = Field(
         [], description="Alerts that end the run, which is then published, as max_kl does."
     )
 

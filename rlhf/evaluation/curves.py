@@ -244,7 +244,7 @@ def plot_bargain(run: Run) -> Figure:
         _panel(axes[1], history, both("objective/kl", "eval/kl"), "KL to the reference", "nats per response")
         _level(axes[1], settings.get("kl_target"), "kl_target")
         _level(axes[1], settings.get("max_kl"), "max_kl")
-        for name in ("repetition", "judge"):
+        for name in ("repetition", "refusals", "judge"):
             _alert(axes[0], history, name)
         _alert(axes[1], history, "kl")
         reward_against_kl(axes[2], history)

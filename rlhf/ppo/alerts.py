@@ -15,7 +15,7 @@ from rlhf.recipe import PPOSection
 logger = logging.getLogger(__name__)
 
 STEPS = 5  # of the running mean
-NAMES = ("kl", "eos_rate", "entropy", "length", "repetition", "judge")
+NAMES = ("kl", "eos_rate", "entropy", "length", "repetition", "refusals", "judge")
 CAUSES = {
     "kl": "the policy runs away from the SFT model: raise ppo.kl_coef, set ppo.kl_target, or lower ppo.learning_rate",
     "eos_rate": "responses no longer end by themselves, the score outweighs the missing-EOS rule: raise "
@@ -28,6 +28,8 @@ CAUSES = {
     "ppo.kl_coef, compare accuracy_length_only in the reward manifest",
     "repetition": "the score rises while responses become alike, the reward overpays certain phrases: raise "
     "ppo.kl_coef, set ppo.kl_target, read samples.jsonl",
+    "refusals": "a refusal may be paid for whatever the prompt: see the answers to other prompts in the reward report, "
+    "set reward.mismatched or raise ppo.kl_coef, read samples.jsonl",
     "judge": "the score rises while the judge (a source of weight 0) falls, the policy exploits the reward: raise "
     "ppo.kl_coef, run fewer episodes, or train a better reward model",
 }
@@ -46,6 +48,7 @@ def signs_of(row: dict[str, float], judges: dict[str, tuple[float, float]]) -> d
         "length": row["rollout/response_length"],
         "entropy": row["objective/entropy"] / row["rollout/response_length"],
         "distinct_2": row["rollout/distinct_2"],
+        "refusals": row["rollout/refusal_rate"],
     }
     for name, (mean, std) in judges.items():
         signs |= {f"judge/{name}": mean, f"std/{name}": std}
@@ -98,6 +101,8 @@ class Alerts:
         better = self.mean.get("score", 0) > self.first.get("score", 0)
         if limits.repetition is not None and better and self._share("distinct_2") < limits.repetition:
             fired["repetition"] = self._moved("distinct_2", ""), "repetition"
+        if limits.refusals is not None and self._rise("refusals") > limits.refusals:
+            fired["refusals"] = self._moved("refusals", "of the responses"), "refusals"
         worse = [name for name in self.mean if name.startswith("judge/") and self._fell(name)]
         if worse and better:
             fired["judge"] = self._moved(worse[0], ""), "judge"
@@ -106,6 +111,9 @@ class Alerts:
     def _share(self, name: str) -> float:
         """Running mean by the value at step 1; 1 where there is nothing to compare."""
         return self.mean[name] / self.first[name] if self.first.get(name) else 1.0
+
+    def _rise(self, name: str) -> float:
+        return self.mean.get(name, 0.0) - self.first.get(name, 0.0)
 
     def _fell(self, name: str) -> bool:
         spread = self.first.get(name.replace("judge/", "std/"), 0.0)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf.errors import UserError
-from rlhf.evaluation.text_metrics import distinct_n
+from rlhf.evaluation.text_metrics import distinct_n, refusal_rate
 from rlhf.graphs import Graphed, allocate_gradients, recorded
 from rlhf.interrupt import Interrupted, requested
 from rlhf.logs import MetricsWriter
@@ -454,6 +454,7 @@ class PPOTrainer:
             "rollout/eos_rate": float(rollout.finished.float().mean()),
             "rollout/logprob_drift": float(drift),
             "rollout/distinct_2": distinct_n(rollout.responses, 2),
+            "rollout/refusal_rate": refusal_rate(rollout.responses),
             "policy/bad_updates": self.bad_updates.count,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }

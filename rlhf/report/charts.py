@@ -65,7 +65,12 @@ TRAINER = [
     Chart("Learning rate", "", _one("learning_rate"), low=0.0),
 ]
 PPO = [
-    Chart("Reward score", "mean of a response", _both("objective/scores", "eval/scores"), ("repetition", "judge")),
+    Chart(
+        "Reward score",
+        "mean of a response",
+        _both("objective/scores", "eval/scores"),
+        ("repetition", "refusals", "judge"),
+    ),
     Chart(
         "KL to the reference", "nats per response", _both("objective/kl", "eval/kl"), ("kl",), ("kl_target", "max_kl")
     ),
@@ -74,6 +79,7 @@ PPO = [
     Chart("EOS rate", "share of responses", _both("rollout/eos_rate", "eval/eos_rate"), ("eos_rate",), low=0.0),
     Chart("Entropy", "nats per response", _one("objective/entropy"), ("entropy",), low=0.0),
     Chart("Distinct-2", "of a step's responses", _one("rollout/distinct_2"), ("repetition",), low=0.0),
+    Chart("Refusals", "share of responses", _one("rollout/refusal_rate"), ("refusals",), low=0.0),
     Chart("Explained variance", "of the critic", _one("val/explained_variance")),
     Chart("Clip fractions", "share of tokens", [("policy/clipfrac_avg", "policy"), ("val/clipfrac_avg", "value")]),
     Chart("Approximate KL of an update", "nats per token", _one("policy/approxkl_avg"), (), ("target_kl",), low=0.0),

@@ -109,6 +109,8 @@ def test_self_bleu_of_typed_cases():
     [
         ("I'm sorry, but I can't help with that.", True),
         ("I\u2019m sorry,  but I can\u2019t help with that.", True),
+        ("I'm sorry but my purpose is to keep you safe.", True),
+        ("I absolutely cannot discuss this.", True),
         ("Sure! Here it is.", False),
         ("抱歉,我无法提供这方面的信息。", True),
         ("作为一个AI,我没有感情。", True),
