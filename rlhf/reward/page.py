@@ -141,6 +141,12 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             table(figures.invariance_frame(report)),
         ),
     ]
+    return found + _where_measured(report)
+
+
+def _where_measured(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The sections that not every report has."""
+    found = []
     if report.get("relevance"):
         text = (
             "The better answer to one prompt, given to another. A model that does not mind hardly reads the prompt, "

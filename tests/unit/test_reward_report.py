@@ -19,6 +19,7 @@ from rlhf.reward import gate
 from rlhf.reward import report as reward_report
 from rlhf.reward.bias import biases, spearman
 from rlhf.reward.calibration import calibration, confidence_bins, expected_error, fit_temperature, nll
+from rlhf.reward.figures import relevance_frame
 from rlhf.reward.learning_curve import learning_curve
 from rlhf.reward.probes import TEXT_EDITS, Subject, edits, paraphrases, relevance, rephrased
 from rlhf.reward.slices import accuracy_table, column_labels, correct, length_label, script, slice_labels, turns
@@ -318,6 +319,14 @@ def test_the_answer_that_wins_everywhere_is_named(subject, monkeypatch):
     assert found["blanket"]["wins"]["value"] == 1.0 and found["blanket"]["n"] == 7
     # one lost its Thanks!, one got it, six tie
     assert found["off_topic"]["wins"]["value"] == 0.5
+
+
+def test_the_page_shows_who_wins_and_no_more_of_the_answer_than_fits():
+    blanket = {"answer": "no " * 200, "n": 46, "wins": interval(0.98, 0.89, 1.0)}
+    frame = relevance_frame(report(relevance=report()["relevance"] | {"blanket": blanket}))
+    assert frame["beats the own better answer"].tolist() == ["10.0 % [5.0 %, 20.0 %]", "98.0 % [89.0 %, 100.0 %]"]
+    assert len(frame["answer"][1]) == 300 and frame["answer"][1].endswith("…")
+    assert len(relevance_frame(report())) == 1
 
 
 def test_pairs_of_one_prompt_say_nothing_about_relevance(subject):
