@@ -137,16 +137,16 @@ def relevance_frame(report: Report) -> pd.DataFrame:
     rows = [
         {
             "answer": "the better one to another prompt",
-            "prompts": off_topic["n"],
+            "n": off_topic["n"],
             "gain, std": f"{gain['value']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]",
-            "beats the own better answer": _interval(off_topic["wins"]),
+            "beats the own answer": _interval(off_topic["wins"]),
         }
     ]
     if blanket:
         text = blanket["answer"]
         shown = text if len(text) <= _SHOWN_ANSWER else text[: _SHOWN_ANSWER - 1] + "…"
         wins = _interval(blanket["wins"])
-        rows.append({"answer": shown, "prompts": blanket["n"], "gain, std": "", "beats the own better answer": wins})
+        rows.append({"answer": shown, "n": blanket["n"], "gain, std": "", "beats the own answer": wins})
     return pd.DataFrame(rows)
 
 

@@ -51,7 +51,7 @@ details summary { cursor: pointer; color: #0b57a0; margin: .4rem 0; }
 NUMBERS = ("pairs", "accuracy", "95 % interval", "TF-IDF", "length-only", "answers", "gain, std", "gained", "n",
            "worse answer wins", "before the edit", "pairs that differ", "correlation with the score",
            "model prefers more", "labels prefer more", "difference", "its score", "that score",
-           "longer answer is better", "left out, too long")  # fmt: skip
+           "longer answer is better", "left out, too long", "beats the own answer")  # fmt: skip
 
 
 def write_page(report: Mapping[str, Any], path: Path) -> None:

@@ -324,7 +324,7 @@ def test_the_answer_that_wins_everywhere_is_named(subject, monkeypatch):
 def test_the_page_shows_who_wins_and_no_more_of_the_answer_than_fits():
     blanket = {"answer": "no " * 200, "n": 46, "wins": interval(0.98, 0.89, 1.0)}
     frame = relevance_frame(report(relevance=report()["relevance"] | {"blanket": blanket}))
-    assert frame["beats the own better answer"].tolist() == ["10.0 % [5.0 %, 20.0 %]", "98.0 % [89.0 %, 100.0 %]"]
+    assert frame["beats the own answer"].tolist() == ["10.0 % [5.0 %, 20.0 %]", "98.0 % [89.0 %, 100.0 %]"]
     assert len(frame["answer"][1]) == 300 and frame["answer"][1].endswith("…")
     assert len(relevance_frame(report())) == 1
 
