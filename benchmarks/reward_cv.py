@@ -108,7 +108,8 @@ def train(args: argparse.Namespace, recipe: Recipe, rows: list[Row], root: Path)
     check_position_limit(args.base, recipe.reward.max_length, "max_length")
     tokenizer = load_tokenizer(args.base)
     renderer = Renderer(tokenizer, args.chat)
-    pairs, _ = reward.rendered_pairs(rows, renderer, recipe.reward.max_length, "cv")
+    rows_of_pairs = [*rows, *reward.mismatched(rows, recipe.reward.mismatched, args.seed)]
+    pairs, _ = reward.rendered_pairs(rows_of_pairs, renderer, recipe.reward.max_length, "cv")
     options = {"train_sampling_strategy": "group_by_length", "save_strategy": "no", "disable_tqdm": True}
     started, members = time.perf_counter(), []
     base = tuned_base(args, ctx, renderer, rows) if args.sft_epochs else Path(args.base)

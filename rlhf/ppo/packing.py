@@ -88,13 +88,17 @@ class Packed(NamedTuple):
     tokens: Sizes = Sizes()
 
 
-def packed_shapes(max_tokens: int, longest: int, graphs: bool) -> Packed:
+def packed_shapes(max_tokens: int, longest: int, graphs: bool, asked_for: bool) -> Packed | None:
     """Rows as wide as the longest response with its prompt; for CUDA graphs in few shapes. See `graph_shapes`.
 
+    None where `max_tokens` holds no row, and packing is not asked for.
+
     Raises:
-        UserError: `max_tokens` holds no row.
+        UserError: it is asked for.
     """
     width = -(-longest // 32) * 32
+    if width > max_tokens and not asked_for:
+        return None
     if width > max_tokens:
         raise UserError(
             f"ppo.packing on: a row holds {width} tokens, the longest prompt and a response: raise "

@@ -168,7 +168,7 @@ class PPOTrainer:
         budget = config.max_tokens_per_micro_batch
         if self.graphs:
             self.shapes = graph_shapes(budget, longest, config.response_length, config.mini_batch_size)
-        self.packed = packed_shapes(budget, longest, self.graphs) if packing else None
+        self.packed = packed_shapes(budget, longest, self.graphs, config.packing == "on") if packing else None
         self.read = Graphed(self._read, graph_pool)
         self.forward_backward = Graphed(
             self._forward_backward, graph_pool, prepare=lambda: allocate_gradients(self.parameters)

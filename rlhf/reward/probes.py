@@ -248,8 +248,8 @@ def relevance(subject: Subject, pairs: Sequence[Pair], chosen: np.ndarray, std: 
     found = {"off_topic": {"n": len(gains), "gain": _plain(bootstrap_interval(gains / std, seed=seed)), "wins": wins}}
     best = sorted(leads, key=lambda at: -(leads[at] + chosen[at]))[:CANDIDATES]
     tried = [_everywhere(subject, pairs[:BLANKET_PROMPTS], chosen, pairs[others[at]]) for at in best]
-    winner = max(tried, key=lambda row: row["wins"]["value"] if row["n"] else -1.0)
-    return found | ({"blanket": winner} if winner["n"] else {})
+    blanket = max(filter(None, tried), key=lambda row: row["wins"]["value"], default=None)
+    return found | ({"blanket": blanket} if blanket else {})
 
 
 def _partners(prompts: list[list[int]], seed: int) -> dict[int, int]:
@@ -261,13 +261,15 @@ def _partners(prompts: list[list[int]], seed: int) -> dict[int, int]:
 
 
 def _everywhere(subject: Subject, pairs: Sequence[Pair], chosen: np.ndarray, source: Pair) -> dict[str, Any]:
-    """How often the better answer of `source` beats the own better answer of the other prompts."""
+    """How often the better answer of `source` beats that of the other prompts; empty where it fits none."""
     places = [number for number, pair in enumerate(pairs) if pair.prompt_ids != source.prompt_ids]
     scores = subject.scores([pairs[at].prompt_ids + source.chosen_ids for at in places], "answers to other prompts")
     fits = ~np.isnan(scores)
     leads = (scores - chosen[places])[fits]
-    row: dict[str, Any] = {"answer": source.row["chosen"], "n": len(leads)}
-    return row | ({"wins": _plain(wilson_interval(float(correct(leads).sum()), len(leads)))} if len(leads) else {})
+    if not len(leads):
+        return {}
+    wins = _plain(wilson_interval(float(correct(leads).sum()), len(leads)))
+    return {"answer": source.row["chosen"], "n": len(leads), "wins": wins}
 
 
 # --------------------------------------------------------------------------------------------------------- invariances

@@ -61,7 +61,7 @@ def test_padding_packing_and_order_change_no_gradient(tmp_path, shape):
         "padding": (wide, wide_targets, rows),
         "order": (rollout, targets, rows[::-1]),
         "side by side": (
-            dataclasses.replace(wide, packed=packed_shapes(4096, longest, graphs=True)),
+            dataclasses.replace(wide, packed=packed_shapes(4096, longest, graphs=True, asked_for=True)),
             wide_targets,
             rows,
         ),

@@ -14,26 +14,27 @@ from rlhf.yamlio import validate
 
 KEYS = (
     *("objective/scores", "objective/kl", "rollout/response_length", "rollout/eos_rate"),
-    *("objective/entropy", "rollout/distinct_2", "rollout/refusal_rate"),
+    *("objective/entropy", "rollout/distinct_2"),
 )
 # Every third step of a run of the recipe `tiny` (seed 0): `python -m pipelines.ppo --recipe tiny`, its metrics.jsonl.
 TINY = (
-    (-0.0247, 0, 14.2, 1, 51.7, 0.715, 0),
-    (0.112, 1.42, 12.2, 1, 44, 0.749, 0),
-    (0.61, 2.76, 11, 0.992, 37.4, 0.751, 0),
-    (0.888, 4.27, 13.2, 1, 44.4, 0.673, 0),
-    (1.29, 4.63, 11.2, 1, 34.5, 0.619, 0),
-    (1.46, 5.7, 11.2, 1, 32.3, 0.598, 0),
-    (1.75, 6.5, 10.1, 1, 29.5, 0.596, 0),
-    (1.96, 8.17, 10.4, 1, 28.4, 0.526, 0),
-    (2.15, 9.32, 10.2, 1, 27.4, 0.5, 0),
-    (2.09, 8.48, 10.3, 1, 28.5, 0.527, 0),
-    (2.15, 8.61, 10.8, 1, 30.3, 0.549, 0),
-    (2.41, 9.38, 10.3, 1, 28.4, 0.499, 0),
-    (2.11, 8.5, 10.3, 1, 28.9, 0.547, 0),
-    (2.25, 9.52, 10.1, 1, 28.4, 0.547, 0),
+    (-0.0247, 0, 14.2, 1, 51.7, 0.715),
+    (0.112, 1.42, 12.2, 1, 44, 0.749),
+    (0.61, 2.76, 11, 0.992, 37.4, 0.751),
+    (0.888, 4.27, 13.2, 1, 44.4, 0.673),
+    (1.29, 4.63, 11.2, 1, 34.5, 0.619),
+    (1.46, 5.7, 11.2, 1, 32.3, 0.598),
+    (1.75, 6.5, 10.1, 1, 29.5, 0.596),
+    (1.96, 8.17, 10.4, 1, 28.4, 0.526),
+    (2.15, 9.32, 10.2, 1, 27.4, 0.5),
+    (2.09, 8.48, 10.3, 1, 28.5, 0.527),
+    (2.15, 8.61, 10.8, 1, 30.3, 0.549),
+    (2.41, 9.38, 10.3, 1, 28.4, 0.499),
+    (2.11, 8.5, 10.3, 1, 28.9, 0.547),
+    (2.25, 9.52, 10.1, 1, 28.4, 0.547),
 )
-HEALTHY = dict(zip(KEYS, TINY[0], strict=True))
+NO_REFUSALS = {"rollout/refusal_rate": 0.0}
+HEALTHY = dict(zip(KEYS, TINY[0], strict=True)) | NO_REFUSALS
 
 
 def config(**changes):
@@ -42,7 +43,7 @@ def config(**changes):
 
 def rows(*values):
     """Rows of metrics.jsonl from tuples in the order of KEYS."""
-    return [dict(zip(KEYS, row, strict=True)) | {"ppo_step": i + 1} for i, row in enumerate(values)]
+    return [dict(zip(KEYS, row, strict=True)) | NO_REFUSALS | {"ppo_step": i + 1} for i, row in enumerate(values)]
 
 
 def after(steps, judges=None, section=None, **changes):

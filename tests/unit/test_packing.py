@@ -229,17 +229,18 @@ def test_what_is_longer_than_a_row_is_said(lengths, value):
 
 
 def test_a_budget_that_holds_no_row_is_said():
-    assert packed_shapes(608, 600, graphs=True) == Packed(608, Sizes(1, 8), Sizes(256, 4))
-    assert packed_shapes(608, 600, graphs=False) == Packed(608)
+    assert packed_shapes(608, 600, graphs=True, asked_for=False) == Packed(608, Sizes(1, 8), Sizes(256, 4))
+    assert packed_shapes(608, 600, graphs=False, asked_for=True) == Packed(608)
     with pytest.raises(
         UserError, match=r"a row holds 608 tokens, .*: raise ppo.max_tokens_per_micro_batch 607 or lower"
     ):
-        packed_shapes(607, 600, graphs=True)
+        packed_shapes(607, 600, graphs=True, asked_for=True)
+    assert packed_shapes(607, 600, graphs=True, asked_for=False) is None
 
 
 def test_packed_shapes_are_few_and_hold_little_padding():
     draw, seen, area, tokens = random.Random(0), set(), 0, 0
-    packed = packed_shapes(16_384, 576, graphs=True)
+    packed = packed_shapes(16_384, 576, graphs=True, asked_for=True)
     for _ in range(60):
         pairs = [
             (min(384, int(draw.lognormvariate(4.6, 0.7))), min(192, int(draw.lognormvariate(3.8, 0.6)) + 1))
