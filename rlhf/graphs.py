@@ -1,4 +1,4 @@
-"""One CUDA graph for all that a micro-batch needs; PPO and the reward stage use it.
+"""One CUDA graph for all that a micro-batch needs; PPO, the reward stage and SFT use it.
 
 On a small model the host takes longer to launch the kernels of a forward and backward than the GPU to run them. Where
 the same shapes come again, the kernels are recorded once and launched together.
@@ -14,11 +14,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 
 from rlhf.errors import UserError
 from rlhf.models import explicit_masks, special_attention
 
 logger = logging.getLogger(__name__)
+
+CAUSAL = "rlhf_causal_sdpa"  # sdpa that is told no mask: it has its fastest kernel, also where transformers gives one
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+AttentionMaskInterface.register(CAUSAL, lambda *_args, **_kwargs: None)
 
 EAGER_CALLS = 1  # with the same shapes, before they are recorded: kernels are compiled and chosen
 MAX_GRAPHS = 128  # each keeps a little memory; activations share one pool
@@ -55,6 +62,20 @@ def graph_pool(choice: str, section: str, models: Sequence[Any], accelerator: Ac
     most = PARAMETERS_LORA if hasattr(models[0], "peft_config") else PARAMETERS
     fits = sum(parameter.numel() for parameter in models[0].parameters()) <= most
     return torch.cuda.graph_pool_handle() if possible and (choice == "on" or (choice == "auto" and fits)) else None
+
+
+def attend_without_mask(model: nn.Module) -> None:
+    """Causal attention alone: right where padding is on the right, which nothing before it sees."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation(CAUSAL)
+
+
+def has_dropout(model: PreTrainedModel) -> bool:
+    """Whether a forward in training draws random numbers: replayed, a resumed run would draw others."""
+    return bool(getattr(model.config, "attention_dropout", 0)) or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+    )
 
 
 def count_recording() -> None:

@@ -108,6 +108,11 @@ class SftSection(Section):
         "model's position limit where that is less; prompts that leave no room for the budget are then left out.",
     )
     limit: int | None = Field(None, ge=1, description="Use at most this many training rows.")
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Training steps as CUDA graphs, as `ppo.cuda_graphs`. Not with dropout, packing, or another loss "
+        "than TRL's `nll`.",
+    )
     trainer: dict[str, Any] = Field({}, description="Passed to TRL's SFTConfig, checked before anything loads.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="null = the recipe's seed.")
 

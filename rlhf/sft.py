@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.cards import write_card
 from rlhf.data import Renderer, check_split
 from rlhf.errors import UserError
+from rlhf.graphs import graph_pool, has_dropout
 from rlhf.logs import check_trackers
 from rlhf.models import (
+    LOGITS_BYTES,
     align_special_tokens,
     base_files,
     base_path,
     check_length,
     compute_dtype,
+    has_plain_head,
     load_base_model,
     load_base_tokenizer,
     load_model,
@@ -29,19 +35,112 @@ from rlhf.models import (
     lora_config,
     position_limit,
     tokenizer_identity,
+    trunk_of,
 )
 from rlhf.recipe import Recipe
 from rlhf.sampling import Samples, fitting_rows, sample_responses
 from rlhf.stage import Stage, StageContext
-from rlhf.trainers import ExactResume, check_trainer, in_curriculum_order, run_trainer, save_trained, trainer_args
+from rlhf.trainers import GraphedTrainer, check_trainer, in_curriculum_order, run_trainer, save_trained, trainer_args
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = 32  # batches in CUDA graphs are as long as a multiple of it
 DEFAULT_BUDGET = 128  # tokens of a response that is sampled without a `ppo` section
 
 
-class ExactSFTTrainer(ExactResume, SFTTrainer):
-    """TRL's, which resumes exactly."""
+class ExactSFTTrainer(GraphedTrainer, SFTTrainer):
+    """TRL's, which resumes exactly; on a GPU a small model's steps are CUDA graphs."""
+
+    def use_graphs(self, pool: Any) -> None:
+        """Also rounds up the lengths of batches, to 16 shapes or fewer."""
+        longest = max(self.row_lengths())
+        self.data_collator.pad_to_multiple_of = COLUMNS * -(-longest // (16 * COLUMNS))
+        super().use_graphs(pool)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """Gradients of one batch; returns its loss."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.graphed is not None:
+            entropy, right, counted, tokens = self.measured
+            self._total_train_tokens = self._total_train_tokens + tokens
+            metrics = {"entropy": entropy / counted.clamp(min=1), "mean_token_accuracy": right / counted.clamp(min=1)}
+            for key, value in metrics.items():
+                self._metrics["train"][key].append(value)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's. In a graph the same without its waits: it picks the tokens that count, of which no number is known."""
+        if self.graphed is None or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        plain = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            hidden = trunk_of(plain)(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
+            loss, measured = token_losses(plain.get_output_embeddings(), hidden[:, :-1], inputs["labels"][:, 1:])
+        self.measured = torch.cat([measured, inputs["attention_mask"].sum().unsqueeze(0)])
+        items = measured[2] if num_items_in_batch is None else num_items_in_batch
+        return loss / torch.as_tensor(items).clamp(min=1)
+
+
+def token_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy, and what metrics are made of, of the labels that are not -100.
+
+    Args:
+        head: the output layer, with V rows.
+        hidden: [B,T,D]; only so many logits exist at a time as `LOGITS_BYTES` hold.
+        labels: [B,T].
+
+    Returns:
+        a scalar in nats; [3] in float32: summed entropy in nats, tokens that are the likeliest ones, tokens.
+    """
+    size = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
+    pieces = zip(hidden.flatten(0, 1).split(size), labels.flatten().split(size), strict=True)
+    again = partial(checkpoint, _token_losses, use_reentrant=False, preserve_rng_state=False)  # nothing random in there
+    losses, measured = zip(*(again(head, *piece) for piece in pieces), strict=True)
+    return torch.stack(losses).sum(), torch.stack(measured).sum(dim=0)
+
+
+def _token_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = head(hidden).float()
+    with torch.no_grad():
+        logprobs, counted = logits.log_softmax(dim=-1), labels != -100
+        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
+        right = logprobs.argmax(dim=-1) == labels
+        measured = torch.stack([(entropy * counted).sum(), (right & counted).sum(), counted.sum()])
+    return nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), measured
+
+
+def use_graphs(trainer: ExactSFTTrainer, choice: str) -> None:
+    """CUDA graphs where the steps can be: see `sft.cuda_graphs`.
+
+    Raises:
+        UserError: `on` where they cannot.
+    """
+    args: Any = trainer.args
+    pool = graph_pool(choice, "sft", [trainer.model], trainer.accelerator, args.gradient_checkpointing)
+    if pool is None:
+        return
+    special = {
+        "loss_type": args.loss_type != "nll",
+        "label_smoothing_factor": args.label_smoothing_factor,
+        "packing": args.packing,
+        "padding_free": args.padding_free,
+        "activation_offloading": args.activation_offloading,
+        "use_liger_kernel": args.use_liger_kernel,
+        "neftune_noise_alpha": args.neftune_noise_alpha,
+        "torch_empty_cache_steps": args.torch_empty_cache_steps,
+    }
+    wrong = next((f"sft.trainer.{key}" for key, value in special.items() if value), None)
+    if wrong is None and has_dropout(trainer.model):
+        wrong = "dropout"
+    if wrong is None and not has_plain_head(trainer.accelerator.unwrap_model(trainer.model)):
+        wrong = "a model that scales or caps its logits"
+    if wrong is None:
+        trainer.use_graphs(pool)
+    elif choice == "on":
+        raise UserError(f"sft.cuda_graphs: on, but {wrong} cannot be part of a graph: set it to auto or off")
 
 
 def rendered_rows(rows: list[dict], renderer: Renderer, max_length: int, where: str) -> Dataset:
@@ -128,6 +227,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
     trainer = ExactSFTTrainer(
         model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, peft_config=peft
     )
+    use_graphs(trainer, section.cuda_graphs)
     metrics = run_trainer(trainer, ctx)
     if held_out is not None:
         metrics["eval_loss"] = trainer.evaluate()["eval_loss"]

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from accelerate.utils import DistributedType
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +29,7 @@ from rlhf.artifacts import write_json
 from rlhf.checkpoints import check_environment, environment, newest_whole, seal
 from rlhf.data import load_data_recipe, ordered_by_difficulty
 from rlhf.errors import UserError
+from rlhf.graphs import Graphed, allocate_gradients, attend_without_mask
 from rlhf.interrupt import Interrupted, finish_step_first, requested
 from rlhf.lengths import LengthSampler
 from rlhf.logs import trainer_callback
@@ -38,6 +40,7 @@ from rlhf.yamlio import nearest
 logger = logging.getLogger(__name__)
 
 STATISTICS = "statistics.json"  # beside transformers' files in a checkpoint
+ITEMS = "num_items_in_batch"
 
 # Set from elsewhere in the recipe, or the contract of the artifact directory would not hold.
 RESERVED = {
@@ -314,6 +317,57 @@ class ExactResume(Trainer):
 
     def _trl_metrics(self) -> dict[str, list[float]]:
         return getattr(self, "_metrics", {"train": {}})["train"]
+
+
+class GraphedTrainer(ExactResume):
+    """A Trainer whose steps can be CUDA graphs, and whose metrics stay on the device until they are logged.
+
+    TRL's own waits for the device several times a step. `compute_loss` leaves what metrics are made of in `measured`.
+    """
+
+    graphed: Graphed | None = None
+    measured: Tensor
+    model: Any
+    _metrics: Any
+
+    def use_graphs(self, pool: Any) -> None:
+        """Replay a step's forward and backward as CUDA graphs: batches must come in few shapes, padded on the right."""
+        attend_without_mask(self.model)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+        def zero_grad() -> None:  # transformers would set gradients to None, and a graph adds to them where they are
+            allocate_gradients(parameters)
+            torch._foreach_zero_([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+        self.model.zero_grad = zero_grad
+        self.graphed = Graphed(self._forward_backward, pool)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """Gradients of one batch; returns its loss."""
+        if self.graphed is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        if num_items_in_batch is not None:
+            inputs = inputs | {ITEMS: num_items_in_batch}
+        parts = self.current_gradient_accumulation_steps  # the loss is divided by it
+        loss, self.measured = self.graphed(*inputs.values(), names=tuple(inputs), parts=parts)
+        return loss
+
+    def _forward_backward(self, *tensors: Tensor, names: tuple[str, ...], parts: int) -> tuple[Tensor, Tensor]:
+        inputs = dict(zip(names, tensors, strict=True))
+        items = inputs.pop(ITEMS, None)
+        loss = super().training_step(self.model_wrapped, inputs, items)
+        return loss, self.measured
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The only place where metrics leave the device."""
+        kept = self._metrics["train" if self.model.training else "eval"]
+        device = self.accelerator.device
+        for key, values in kept.items():  # those of before a resume are plain numbers
+            kept[key] = torch.stack([torch.as_tensor(value, device=device).double() for value in values]).tolist()
+        super().log(logs, start_time)
 
 
 def progress_bar(stage: str) -> Any:

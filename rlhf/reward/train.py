@@ -13,9 +13,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from rlhf.artifacts import Artifact, check_run
@@ -23,7 +21,7 @@ from rlhf.cards import write_card
 from rlhf.data import Renderer, check_split
 from rlhf.data.splits import group_key
 from rlhf.errors import UserError
-from rlhf.graphs import Graphed, allocate_gradients, graph_pool
+from rlhf.graphs import graph_pool, has_dropout
 from rlhf.locks import locked
 from rlhf.logs import check_trackers
 from rlhf.models import (
@@ -49,60 +47,34 @@ from rlhf.reward.probes import check_finite
 from rlhf.sampling import SAMPLED_WITH, score_sequences
 from rlhf.sft import Budget, sample_published, sampled_prompts, sampling_budget
 from rlhf.stage import Stage, StageContext, check_lineage, differences, is_main_process, load_inputs
-from rlhf.trainers import ExactResume, check_trainer, in_curriculum_order, run_trainer, save_trained, trainer_args
+from rlhf.trainers import GraphedTrainer, check_trainer, in_curriculum_order, run_trainer, save_trained, trainer_args
 
 logger = logging.getLogger(__name__)
 
 COMPILE_FROM_STEPS = 1000  # optimizer steps
-CAUSAL = "rlhf_causal_sdpa"  # sdpa that is told no mask: it has its fastest kernel, also where transformers gives one
 COLUMNS = Sizes(32, 4)  # of a batch that a CUDA graph replays
-AttentionInterface.register(CAUSAL, sdpa_attention_forward)
-AttentionMaskInterface.register(CAUSAL, lambda *_args, **_kwargs: None)
 
 
-class ExactRewardTrainer(ExactResume, RewardTrainer):
+class ExactRewardTrainer(GraphedTrainer, RewardTrainer):
     """TRL's, which resumes exactly and keeps the device busy.
 
-    Pairs of like length go together, the forward needs no mask, and metrics stay on the device until they are logged:
-    TRL's own waits for it six times a step.
+    Pairs of like length go together, the forward needs no mask, and nothing waits for the device.
     """
 
     objective: Objective
-    graphed: Graphed | None = None
-    scores: Tensor
     _signature_columns: Any
 
     def use_graphs(self, pool: Any) -> None:
-        """Replay a step's forward and backward as CUDA graphs; batches then come in few shapes."""
+        """Also rounds up the lengths of batches."""
         self.data_collator.columns = COLUMNS
-        for part in self.model.modules():
-            if isinstance(part, PreTrainedModel):
-                part.set_attn_implementation(CAUSAL)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-        def zero_grad() -> None:  # transformers would set gradients to None, and a graph adds to them where they are
-            allocate_gradients(parameters)
-            torch._foreach_zero_([parameter.grad for parameter in parameters if parameter.grad is not None])
-
-        self.model.zero_grad = zero_grad
-        self.graphed = Graphed(self._forward_backward, pool)
+        super().use_graphs(pool)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Gradients of one batch; returns its loss."""
         inputs = self._prepare_inputs(inputs)
-        if self.graphed is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            if not model.training:
-                model.train()
-            parts = self.current_gradient_accumulation_steps  # the loss is divided by it
-            loss, self.scores = self.graphed(*inputs.values(), names=tuple(inputs), parts=parts)
-        self._keep_metrics(self.scores, inputs["tokens"])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._keep_metrics(self.measured, inputs["tokens"])
         return loss
-
-    def _forward_backward(self, *tensors: Tensor, names: tuple[str, ...], parts: int) -> tuple[Tensor, Tensor]:
-        loss = super().training_step(self.model_wrapped, dict(zip(names, tensors, strict=True)))
-        return loss, self.scores
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -126,9 +98,9 @@ class ExactRewardTrainer(ExactResume, RewardTrainer):
             outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
         loss = self.objective(scores, inputs, states[0] if states else None)
-        self.scores = scores.detach()
+        self.measured = scores.detach()
         if not self.model.training:
-            self._keep_metrics(self.scores, inputs["tokens"])
+            self._keep_metrics(self.measured, inputs["tokens"])
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -145,14 +117,6 @@ class ExactRewardTrainer(ExactResume, RewardTrainer):
         for key, value in values.items():
             self._metrics[mode][key].append(value)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The only place where metrics leave the device."""
-        kept = self._metrics["train" if self.model.training else "eval"]
-        device = self.accelerator.device
-        for key, values in kept.items():  # those of before a resume are plain numbers
-            kept[key] = torch.stack([torch.as_tensor(value, device=device).double() for value in values]).tolist()
-        super().log(logs, start_time)
 
 
 def rendered_pairs(
@@ -312,17 +276,9 @@ def reward_trainer(
     if wants_compile(recipe, len(train), args):
         compile_blocks(trainer.model)
     pool = graph_pool(section.cuda_graphs, "reward", [trainer.model], trainer.accelerator, args.gradient_checkpointing)
-    if pool is not None and can_be_recorded(trainer):
+    if pool is not None and head is None and not has_dropout(trainer.model):
         trainer.use_graphs(pool)
     return trainer
-
-
-def can_be_recorded(trainer: ExactRewardTrainer) -> bool:
-    """Whether a step's shapes are known, and it draws no random numbers: a resumed run would draw others."""
-    drops = getattr(trainer.model.config, "attention_dropout", 0) or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in trainer.model.modules()
-    )
-    return trainer.objective.head is None and not drops
 
 
 def wants_compile(recipe: Recipe, pairs: int, args: Any) -> bool:

@@ -7,10 +7,12 @@ from trl import RewardConfig
 
 from rlhf.models import new_reward_model, save_model
 from rlhf.reward.train import STAGE, reward_trainer
+from rlhf.sft import use_graphs
 from rlhf.stage import StageContext
 from rlhf.trainers import trainer_args
 from tests.builders import build_model, build_recipe, build_tokenizer
 from tests.ppo_toys import SHAPES, toy_trainer
+from tests.sft_toys import sft_trainer
 from tests.tolerances import assert_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -60,6 +62,22 @@ def test_the_reward_stage_learns_the_same_with_graphs(tmp_path):
         trainer.earlier, trainer.began = {}, 0.0
         trainer.train()
         runs[choice] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        assert bool(trainer.graphed and trainer.graphed.graphs) == (choice == "on")
+    assert len(runs["on"]) == 12 and runs["on"][-1] < runs["on"][0]
+    assert_close(runs["on"], runs["off"], rtol=1e-3, atol=1e-4)
+
+
+def test_sft_learns_the_same_with_graphs(tmp_path):
+    runs = {}
+    for choice in ("off", "on"):
+        hardware = {"device": "auto", "precision": "fp32"}
+        options = {"learning_rate": 1e-3, "max_steps": 12, "per_device_train_batch_size": 2, "save_strategy": "no"}
+        trainer = sft_trainer(tmp_path / choice, hardware, **options, gradient_accumulation_steps=2, disable_tqdm=True)
+        use_graphs(trainer, choice)
+        trainer.earlier, trainer.began = {}, 0.0
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "loss" in row]
+        runs[choice] = [[row[key] for key in ("loss", "grad_norm", "entropy", "num_tokens")] for row in rows]
         assert bool(trainer.graphed and trainer.graphed.graphs) == (choice == "on")
     assert len(runs["on"]) == 12 and runs["on"][-1] < runs["on"][0]
     assert_close(runs["on"], runs["off"], rtol=1e-3, atol=1e-4)

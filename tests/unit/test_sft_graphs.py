@@ -1,0 +1,78 @@
+"""What SFT computes where its steps are CUDA graphs; the graphs themselves are tested on a GPU."""
+
+import pytest
+import torch
+
+from rlhf.errors import UserError
+from rlhf.sft import token_losses, use_graphs
+from tests.sft_toys import sft_trainer
+from tests.tolerances import assert_close
+
+
+def step(trainer, accumulated):
+    """Loss, gradients and logged metrics of one batch of four rows, of which TRL counts the tokens."""
+    trainer.current_gradient_accumulation_steps = accumulated
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    items = trainer._get_num_items_in_batch([batch] * accumulated, trainer.args.device)
+    loss = trainer.training_step(trainer.model, batch, items)
+    gradients = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    logged = {}
+    trainer.callback_handler.on_log = lambda args, state, control, logs: logged.update(logs)
+    trainer.log({})
+    return batch["input_ids"].shape[1], loss.detach(), gradients, logged
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_loss_gradient_and_metrics_are_those_of_trl(tmp_path, accumulated):
+    theirs, ours = sft_trainer(tmp_path / "trl"), sft_trainer(tmp_path / "ours")
+    ours.use_graphs(None)  # the same path; without a pool nothing is recorded
+    ours.model.zero_grad()
+    found = step(theirs, accumulated), step(ours, accumulated)
+    assert [width for width, *_ in found] == [9, 32]
+    (_, loss, gradients, logged), (_, our_loss, our_gradients, our_logged) = found
+    assert gradients.abs().max() > 1e-3
+    assert_close(our_loss, loss, atol=1e-6)
+    assert_close(our_gradients, gradients, atol=1e-6)
+    assert set(our_logged) == set(logged) >= {"entropy", "mean_token_accuracy", "num_tokens"}
+    for key, value in logged.items():
+        assert_close(our_logged[key], value, atol=1e-5)
+
+
+def test_losses_do_not_depend_on_the_size_of_a_piece(monkeypatch):
+    torch.manual_seed(0)
+    head, labels = torch.nn.Linear(8, 50, bias=False), torch.randint(0, 50, (3, 7))
+    labels[0, :4] = labels[2] = -100
+    found = []
+    for tokens in (100, 2):
+        monkeypatch.setattr("rlhf.sft.LOGITS_BYTES", 4 * 50 * tokens)
+        hidden = torch.linspace(-2, 2, 3 * 7 * 8).view(3, 7, 8).requires_grad_()
+        loss, measured = token_losses(head, hidden, labels)
+        found.append((loss, measured, torch.autograd.grad(loss, [hidden, head.weight])))
+    (loss, measured, gradients), (piecewise, measured_so, gradients_so) = found
+    assert measured[2] == 10 and loss > 0
+    assert_close(piecewise, loss, rtol=1e-5)
+    assert_close(measured_so, measured, rtol=1e-5)
+    for ours, theirs in zip(gradients_so, gradients, strict=True):
+        assert_close(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "blamed"),
+    [
+        ({"loss_type": "dft"}, "sft.trainer.loss_type"),
+        ({"neftune_noise_alpha": 5.0}, "sft.trainer.neftune_noise_alpha"),
+        ({"torch_empty_cache_steps": 3}, "sft.trainer.torch_empty_cache_steps"),
+    ],
+)
+def test_what_a_graph_cannot_hold_runs_without(tmp_path, monkeypatch, options, blamed):
+    monkeypatch.setattr("rlhf.sft.graph_pool", lambda *args: "a pool")
+    trainer = sft_trainer(tmp_path, **options)
+    use_graphs(trainer, "auto")
+    assert trainer.graphed is None
+    with pytest.raises(UserError, match=rf"sft.cuda_graphs: on, but {blamed} cannot be part of a graph"):
+        use_graphs(trainer, "on")
+
+
+def test_graphs_on_need_a_gpu(tmp_path):
+    with pytest.raises(UserError, match=r"sft.cuda_graphs: on needs one process on a GPU"):
+        use_graphs(sft_trainer(tmp_path), "on")
