@@ -190,17 +190,21 @@ def test_the_real_model_passes_every_stage_and_once_more_with_lora(tmp_path: Pat
     assert [(step.run, step.name, step.command[-1]) for step in one] == [("ci-lora", "ppo", "peft.r=8")]
 
 
-def test_the_section_of_the_real_model_is_of_the_figures_that_are_kept() -> None:
-    kept = real_model.RESULTS
-    written = real_model.table(json.loads(kept.read_text(encoding="utf-8"))) if kept.is_file() else real_model.NOT_YET
-    page = real_model.PAGE.read_text(encoding="utf-8")
-    assert page == with_measured(page, written, "real_model"), "run `python -m benchmarks.real_model --table`"
+MEASURED = sorted(real_model.RESULTS.parent.glob("real_model*.json"))
 
 
-def test_pictures_lie_beside_the_figures_of_what_was_measured(tmp_path: Path) -> None:
-    kept = json.loads(real_model.RESULTS.read_text(encoding="utf-8"))
-    compared = {run for run, summary in kept["runs"].items() if "comparison" in summary}
-    without_ppo = {run: {k: v for k, v in summary.items() if k != "ppo"} for run, summary in kept["runs"].items()}
+@pytest.mark.parametrize("kept", MEASURED, ids=lambda path: path.stem)
+def test_the_section_of_a_real_model_is_of_the_figures_that_are_kept(kept: Path) -> None:
+    page, written = real_model.PAGE.read_text(encoding="utf-8"), real_model.table(json.loads(kept.read_text("utf-8")))
+    hint = f"run `python -m benchmarks.real_model --table --out {kept}`"
+    assert real_model.published(kept) and page == with_measured(page, written, kept.stem), hint
+
+
+@pytest.mark.parametrize("kept", MEASURED, ids=lambda path: path.stem)
+def test_pictures_lie_beside_the_figures_of_what_was_measured(tmp_path: Path, kept: Path) -> None:
+    runs = json.loads(kept.read_text(encoding="utf-8"))["runs"]
+    compared = {run for run, summary in runs.items() if "comparison" in summary}
+    without_ppo = {run: {k: v for k, v in summary.items() if k != "ppo"} for run, summary in runs.items()}
     real_model.draw(real_model_args(tmp_path, "--out", str(tmp_path / "figures.json")), {"runs": without_ppo})
     assert {path.name for path in tmp_path.iterdir()} == {f"{run}_frontier.png" for run in compared} != set()
     page = real_model.PAGE.read_text(encoding="utf-8")
@@ -209,10 +213,11 @@ def test_pictures_lie_beside_the_figures_of_what_was_measured(tmp_path: Path) ->
             assert picture in page and (real_model.PAGE.parent / picture).is_file()
 
 
-def test_the_learning_curves_of_the_page_are_of_their_file() -> None:
-    kept = json.loads((real_model.ROOT / "results" / "learning_smollm2.json").read_text(encoding="utf-8"))
+def test_the_learning_curves_of_the_page_are_of_their_files() -> None:
     page = real_model.PAGE.read_text(encoding="utf-8")
-    assert page == with_measured(page, report(kept["results"]), "learning_smollm2")
+    for path in (real_model.ROOT / "results").glob("learning_smollm2*.json"):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        assert page == with_measured(page, report(kept["results"]), path.stem)
     kept = json.loads(reward_cv.RESULTS.read_text(encoding="utf-8"))
     assert page == with_measured(page, reward_cv.table(kept), "reward_cv")
 
