@@ -265,15 +265,17 @@ def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator,
             continue
         artifact = ctx.inputs[source.artifact]
         statistics = artifact.manifest["reward_statistics"]
-        forward = _shared_forward(model, f"reward{number}") if f"reward{number}" in shared else None
-        if forward is None:
+        if f"reward{number}" in shared:
+            forward = _shared_forward(model, f"reward{number}", graph_pool)
+        else:
             forward = _frozen_forward(ctx, artifact, accelerator, graph_pool)
         sources.append(ModelScore(name, source.weight, forward, statistics["mean"], statistics["std"]))
     return sources
 
 
-def _shared_forward(model: nn.Module, name: str) -> Any:
-    return lambda batch: model(batch.input_ids, batch.attention_mask, batch.length, 1.0, mode=f"reward:{name}")
+def _shared_forward(model: nn.Module, name: str, graph_pool: Any) -> Any:
+    graphed = Graphed(lambda ids, mask: model(ids, mask, 0, 1.0, mode=f"reward:{name}"), graph_pool)
+    return lambda batch: graphed(batch.input_ids, batch.attention_mask)
 
 
 def _frozen_forward(ctx: StageContext, artifact: Artifact, accelerator: Accelerator, graph_pool: Any) -> Any:
