@@ -266,7 +266,8 @@ def table(report: dict[str, Any]) -> str:
             parts.append(f"**`{run}`**, gate of the policy: {verdict}.{reasons}")
             parts.append(comparison_table(summary["comparison"]))
             parts.append(frontier_line(summary["comparison"]))
-            parts.append("```text\n" + summary["answers"].strip() + "\n```")
+            if "answers" in summary:
+                parts.append("```text\n" + summary["answers"].strip() + "\n```")
     return "\n\n".join(part for part in parts if part)
 
 
