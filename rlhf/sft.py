@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,10 +53,15 @@ class ExactSFTTrainer(GraphedTrainer, SFTTrainer):
     """TRL's, which resumes exactly; on a GPU a small model's steps are CUDA graphs."""
 
     def use_graphs(self, pool: Any) -> None:
-        """Also rounds up the lengths of batches, to 16 shapes or fewer."""
-        longest = max(self.row_lengths())
-        self.data_collator.pad_to_multiple_of = COLUMNS * -(-longest // (16 * COLUMNS))
+        """Also rounds up the lengths of batches."""
+        self.data_collator.pad_to_multiple_of = self.columns()
         super().use_graphs(pool)
+
+    def columns(self) -> int:
+        """What lengths are rounded up to: 16 shapes or fewer, unless `pad_to_multiple_of` asks for something else."""
+        args: Any = self.args
+        few = COLUMNS * -(-max(self.row_lengths()) // (16 * COLUMNS))
+        return math.lcm(few, args.pad_to_multiple_of or 1)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Gradients of one batch; returns its loss."""
@@ -135,6 +141,9 @@ def use_graphs(trainer: ExactSFTTrainer, choice: str) -> None:
     wrong = next((f"sft.trainer.{key}" for key, value in special.items() if value), None)
     if wrong is None and has_dropout(trainer.model):
         wrong = "dropout"
+    longest, limit = max(trainer.row_lengths()), getattr(trainer.model.config, "max_position_embeddings", None)
+    if wrong is None and limit and -(-longest // trainer.columns()) * trainer.columns() > limit:
+        wrong = f"rows of {longest} tokens, rounded up to more than the model's {limit} positions,"
     if wrong is None and not has_plain_head(trainer.accelerator.unwrap_model(trainer.model)):
         wrong = "a model that scales or caps its logits"
     if wrong is None:

@@ -65,8 +65,9 @@ class ExactRewardTrainer(GraphedTrainer, RewardTrainer):
     _signature_columns: Any
 
     def use_graphs(self, pool: Any) -> None:
-        """Also rounds up the lengths of batches."""
-        self.data_collator.columns = COLUMNS
+        """Also rounds up the lengths of batches, never above the positions that the model has."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        self.data_collator.columns = COLUMNS._replace(largest=limit)
         super().use_graphs(pool)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:

@@ -76,3 +76,15 @@ def test_what_a_graph_cannot_hold_runs_without(tmp_path, monkeypatch, options, b
 def test_graphs_on_need_a_gpu(tmp_path):
     with pytest.raises(UserError, match=r"sft.cuda_graphs: on needs one process on a GPU"):
         use_graphs(sft_trainer(tmp_path), "on")
+
+
+def test_rows_are_never_rounded_up_to_more_positions_than_the_model_has(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.sft.graph_pool", lambda *args: "a pool")
+    trainer = sft_trainer(tmp_path, pad_to_multiple_of=48)
+    assert trainer.columns() == 96  # of the 32 of its own and those
+    trainer.model.config.n_positions = 95
+    with pytest.raises(UserError, match="rows of 9 tokens, rounded up to more than the model's 95 positions, cannot"):
+        use_graphs(trainer, "on")
+    trainer.model.config.n_positions = 96
+    use_graphs(trainer, "on")
+    assert trainer.graphed is not None and trainer.data_collator.pad_to_multiple_of == 96
