@@ -36,7 +36,7 @@ from pipelines.sweep import link
 from rlhf.artifacts import MANIFEST, Artifact, read_jsonl
 from rlhf.evaluation.curves import load_run, plot_bargain
 from rlhf.evaluation.frontier_report import plot_frontier
-from rlhf.evaluation.report import comparison_table
+from rlhf.evaluation.report import comparison_table, part_table
 from rlhf.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent
@@ -264,7 +264,7 @@ def table(report: dict[str, Any]) -> str:
             reasons = "".join(f" {line}." for line in summary["gates"].get("evaluate", {}).get("reasons", []))
             verdict = summary["gates"].get("evaluate", {}).get("verdict", "not judged")
             parts.append(f"**`{run}`**, gate of the policy: {verdict}.{reasons}")
-            parts.append(comparison_table(summary["comparison"]))
+            parts += [comparison_table(summary["comparison"]), part_table(summary["comparison"])]
             parts.append(frontier_line(summary["comparison"]))
             if "answers" in summary:
                 parts.append("```text\n" + summary["answers"].strip() + "\n```")

@@ -3,7 +3,7 @@
 from pipelines.cli import leave, main
 from rlhf.artifacts import Artifact
 from rlhf.evaluation.frontier_report import sentences
-from rlhf.evaluation.report import comparison_table, display_name
+from rlhf.evaluation.report import comparison_table, display_name, part_table
 
 
 def show(artifact: Artifact) -> None:
@@ -13,6 +13,8 @@ def show(artifact: Artifact) -> None:
     prompts = f"{comparison['num_prompts']} held-out prompts"
     print(f"\n{' and '.join(others)} against {first} on {prompts}, with 95 % intervals:\n")
     print(comparison_table(comparison))
+    if of_parts := part_table(comparison):
+        print(f"\n{of_parts}")
     for sentence in sentences(comparison["frontier"]) if "frontier" in comparison else ():
         print(f"\n{sentence}")
     print(f"\npicture: {artifact.path / 'comparison.png'}   samples: {artifact.path / 'report.md'}")

@@ -24,7 +24,7 @@ from rlhf.yamlio import nearest
 
 logger = logging.getLogger(__name__)
 
-SOURCE = "source"  # column of a mixture's pairs: the part that they are of
+SOURCE = "source"  # column of a mixture's pairs and prompts: the part that they are of
 
 
 def load_rows(
@@ -66,8 +66,8 @@ def load_rows(
     if recipe.mixture:
         mixed = _mixed_rows(recipe, split, kind, seed, root)
         ordered = sorted(mixed, key=lambda item: order_key(item[1], seed))[:limit]
-        # Of pairs the part is a slice of the reward report.
-        return [{SOURCE: name} | row if kind == "preference" else row for name, row in ordered]
+        # The part is a slice of the reward report and of the evaluation.
+        return [{SOURCE: name} | row if kind in ("preference", "prompts") else row for name, row in ordered]
     try:
         known = detected(recipe)
         check_derivation(FORMATS[named(known)].native, kind)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,54 @@ def compare(samples: Sequence[PolicySamples], *, num_resamples: int = 2000, seed
         "num_prompts": len(set(baseline.prompts)),
         "metrics": metrics,
     }
+
+
+def compare_parts(
+    samples: Sequence[PolicySamples], parts: Sequence[str | None], *, num_resamples: int = 2000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """What `compare` measures, of the prompts of each part of a mixture alone: refusals, lengths and win rates.
+
+    Args:
+        samples: as for `compare`.
+        parts: [N], the part that each prompt is of; None = it is of none.
+        num_resamples, seed: as for `compare`.
+
+    Returns:
+        One `{"part": name, "num_responses": int, "metrics": {key: float}}` per part, the largest first; nothing where
+        there are not two.
+    """
+    counts = Counter(part for part in parts if part is not None)
+    found = []
+    for part, count in counts.most_common() if len(counts) > 1 else ():
+        rows = [row for row, name in enumerate(parts) if name == part]
+        few = [_of_rows(policy, rows) for policy in samples]
+        options = {"clusters": few[0].prompts, "num_resamples": num_resamples, "seed": seed}
+        metrics: dict[str, float] = {}
+        for policy in few:
+            measures = _measures(policy)
+            for key, name in (("refusal_rate", "refusal_rate"), ("length", "length_mean")):
+                metrics |= with_limits(f"{policy.name}/{name}", bootstrap_interval(measures[key], **options))
+        for policy in few[1:]:
+            for score, scores in policy.scores.items():
+                rate = win_rate(scores, few[0].scores[score], **options)
+                metrics |= with_limits(f"{policy.name}_vs_{few[0].name}/win_rate_{score}", rate)
+        found.append({"part": part, "num_responses": count, "metrics": metrics})
+    return found
+
+
+def _of_rows(policy: PolicySamples, rows: Sequence[int]) -> PolicySamples:
+    def pick(values: list) -> list:
+        return [values[row] for row in rows]
+
+    return replace(
+        policy,
+        prompts=pick(policy.prompts),
+        responses=pick(policy.responses),
+        lengths=pick(policy.lengths),
+        has_eos=pick(policy.has_eos),
+        kl=None if policy.kl is None else pick(policy.kl),
+        scores={name: pick(values) for name, values in policy.scores.items()},
+    )
 
 
 def with_limits(key: str, interval: Interval) -> dict[str, float]:

@@ -68,6 +68,36 @@ def comparison_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return [header, *(row for row in rows if set(row[1:]) != empty)]
 
 
+def part_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows of `compare_parts`, one row per part of a mixture; nothing where the prompts are of one part.
+
+    A mean over all prompts hides a policy that answers one kind of them in the way of another, such as by refusing.
+    """
+    parts, (first, *others) = result.get("parts", ()), result["policies"]
+    if not parts:
+        return []
+    columns = [(f"refusals, {display_name(name)}", f"{name}/refusal_rate", 3) for name in result["policies"]]
+    columns += [(f"tokens, {display_name(name)}", f"{name}/length_mean", 0) for name in result["policies"]]
+    for name in others:
+        who = f", {display_name(name)}" if len(others) > 1 else ""
+        columns += [(f"wins by {score}{who}", f"{name}_vs_{first}/win_rate_{score}", 3) for score in result["scores"]]
+    header = ["prompts of", "responses", *(label for label, _, _ in columns)]
+    return [
+        header,
+        *(
+            [part["part"], f"{part['num_responses']:,}"]
+            + [with_interval(part["metrics"], key, digits) for _, key, digits in columns]
+            for part in parts
+        ),
+    ]
+
+
+def part_table(result: Mapping[str, Any]) -> str:
+    """Markdown of `part_rows`; empty where there are none."""
+    rows = part_rows(result)
+    return _aligned(rows) if rows else ""
+
+
 def plot_comparison(
     result: Mapping[str, Any],
     samples: Sequence[PolicySamples],
@@ -152,6 +182,7 @@ def write_report(
             "",
             comparison_table(result),
             "",
+            *([part_table(result), ""] if part_rows(result) else []),
             f"![What {others} changed against {first}]({PICTURE_NAME})",
             "",
             *_frontier_section(result, directory),

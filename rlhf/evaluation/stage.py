@@ -15,9 +15,10 @@ from accelerate.utils import set_seed
 
 from rlhf.artifacts import Artifact, sha256_file
 from rlhf.data import Renderer, check_split
+from rlhf.data.load import SOURCE
 from rlhf.errors import UserError
 from rlhf.evaluation import frontier
-from rlhf.evaluation.compare import PolicySamples, compare, with_limits
+from rlhf.evaluation.compare import PolicySamples, compare, compare_parts, with_limits
 from rlhf.evaluation.llm_judge import check_reachable, judge_pairs, read_key
 from rlhf.evaluation.policies import (
     Sampler,
@@ -93,6 +94,8 @@ def build(ctx: StageContext) -> dict[str, Any]:
     evaluated = [evaluate_policy(sampler, scores, source) for source in section.policies]
     policies = [policy for policy, _ in evaluated]
     result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed)
+    parts = columns.get(SOURCE, [])
+    result["parts"] = compare_parts(policies, parts, num_resamples=section.bootstrap, seed=ctx.seed)
     result["sampling"] = settings | {"kl_as_sampled": has_knobs(settings)}
     result["headline"] = main_judge(result["scores"], first_judge(ctx.recipe))
     if section.llm_judge is not None:

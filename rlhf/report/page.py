@@ -167,6 +167,9 @@ def _evaluation(run: Run) -> str:
         table(frame, header[1:]),
         _picture(run, evaluation.PICTURE_NAME, "what PPO changed"),
     ]
+    if found := evaluation.part_rows(result):
+        columns, *of_parts = found
+        parts.insert(2, table(pd.DataFrame(of_parts, columns=columns), columns[1:]))
     if "frontier" in result:
         curve = result["frontier"]
         columns, *steps = frontier_report.table_rows(curve)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 
 from rlhf.artifacts import Artifact
 from rlhf.evaluation.policies import kept_steps, load_kept, step_dir
@@ -63,6 +64,9 @@ def test_evaluation_shows_reward_against_kl(tmp_path):
     rule = {"function": "tests.ppo_toys:share_of_e", "name": "rule"}
     section = {"best_of_n": 4, "frontier_prompts": 4, "prompts": 6, "bootstrap": 200, "judges": [rule]}
     section["policies"] = [{"artifact": "sft"}, {"artifact": "ppo"}, {"artifact": "ppo", "step": 2}]
+    section["data"] = str(tmp_path / "mix.yaml")
+    parts = [{"recipe": str(tmp_path / "prompts.yaml")}, {"recipe": str(tmp_path / "sft.yaml")}]
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"name": "mix", "mixture": parts}), encoding="utf-8")
     ctx = toy_context(tmp_path, ppo=STEPS, evaluate=section)
     ppo = run_stage(PPO, ctx.recipe, tmp_path, "toy", force=True)
     artifact: Artifact = run_stage(EVALUATE, ctx.recipe, tmp_path, "toy")
@@ -80,3 +84,6 @@ def test_evaluation_shows_reward_against_kl(tmp_path):
     text = (artifact.path / "report.md").read_text(encoding="utf-8")
     assert "| PPO step 3 (published) |" in text and "| best of 4, at most " in text
     assert (artifact.path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+    parts = artifact.manifest["comparison"]["parts"]
+    assert {part["part"] for part in parts} == {"prompts", "sft"} and sum(p["num_responses"] for p in parts) == 6
+    assert "| prompts of |" in text and "| prompts    |" in text

@@ -138,7 +138,7 @@ def test_a_mixture_without_fractions_has_every_row(tmp_path):
     assert {row["prompt"][0] for row in rows[:20]} == {"a", "b"}
 
 
-def test_pairs_of_a_mixture_say_which_part_they_are_of(tmp_path):
+def test_pairs_and_prompts_of_a_mixture_say_which_part_they_are_of(tmp_path):
     for name in "ab":
         pairs = [{"prompt": f"{name}{i}", "chosen": "x", "rejected": "y"} for i in range(3)]
         recipe_of(tmp_path / f"{name}.jsonl", pairs)
@@ -146,9 +146,10 @@ def test_pairs_of_a_mixture_say_which_part_they_are_of(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(part))
     whole = {"name": "whole", "mixture": [{"recipe": str(tmp_path / f"{name}.yaml")} for name in "ab"]}
     recipe = validate(DataRecipe, whole, "whole.yaml")
-    rows = load_rows(recipe, "train", "preference")
-    assert len(rows) == 6 and all(row["source"] == row["prompt"][0] for row in rows)
-    assert "source" not in load_rows(recipe, "train", "prompts")[0]
+    for kind in ("preference", "prompts"):
+        rows = load_rows(recipe, "train", kind)
+        assert len(rows) == 6 and all(row["source"] == row["prompt"][0] for row in rows)
+    assert "source" not in load_rows(recipe, "train", "sft")[0]
 
 
 def test_a_mixture_is_the_same_in_every_process(tmp_path):

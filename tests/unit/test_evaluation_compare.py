@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.evaluation import report
-from rlhf.evaluation.compare import PolicySamples, compare
+from rlhf.evaluation.compare import PolicySamples, compare, compare_parts
 
 SFT = PolicySamples(
     name="sft",
@@ -59,6 +59,27 @@ def test_typed_metrics():
     assert result["policies"] == ["sft", "ppo"]
     assert (result["num_responses"], result["num_prompts"]) == (4, 4)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_parts_of_a_mixture_are_compared_each_alone():
+    refusing = dataclasses.replace(PPO, responses=["a b", "I'm sorry, but I can't help.", "I cannot help you.", "a c"])
+    parts = compare_parts([SFT, refusing], ["help", "harm", "help", "help"])
+    assert [(part["part"], part["num_responses"]) for part in parts] == [("help", 3), ("harm", 1)]
+    helped, harmful = (part["metrics"] for part in parts)
+    assert (helped["sft/refusal_rate"], harmful["ppo/refusal_rate"]) == (0.0, 1.0)
+    assert helped["ppo/refusal_rate"] == pytest.approx(1 / 3) and helped["sft/length_mean"] == pytest.approx(11 / 3)
+    assert helped["ppo_vs_sft/win_rate_judge"] == pytest.approx(2 / 3)
+    assert helped["ppo_vs_sft/win_rate_judge_low"] < 2 / 3 < helped["ppo_vs_sft/win_rate_judge_high"]
+    header, first, second = report.part_rows(compare([SFT, refusing]) | {"parts": parts})
+    assert header[:4] == ["prompts of", "responses", "refusals, SFT", "refusals, PPO"]
+    assert header[-2:] == ["wins by reward", "wins by judge"]
+    assert first[:3] == ["help", "3", "0.000"] and second[0] == "harm" and second[3] == "1.000"
+
+
+@pytest.mark.parametrize("parts", [[], [None] * 4, ["one"] * 4, ["one", None, "one", None]])
+def test_prompts_of_one_part_have_no_table(parts):
+    assert compare_parts([SFT, PPO], parts) == []
+    assert report.part_table(compare([SFT, PPO]) | {"parts": []}) == "" == report.part_table(compare([SFT, PPO]))
 
 
 def test_intervals_are_paired_by_prompt():

@@ -261,6 +261,18 @@ def test_the_headline_is_by_the_first_judge_of_the_recipe_everywhere(tmp_path):
     assert "evaluate: win rate over sft by judge" not in found
 
 
+def test_parts_of_a_mixture_have_a_table(tmp_path):
+    folder = build_run(tmp_path)
+    path = folder / "evaluate" / "manifest.json"
+    assert "prompts of" not in Elements(page(load_run(folder))).text
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    rates = {"sft/refusal_rate": 0.125, "ppo/refusal_rate": 0.875}
+    manifest["comparison"]["parts"] = [{"part": "<b>harmful", "num_responses": 8, "metrics": rates}]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    shown = Elements(page(load_run(folder))).text
+    assert "refusals, SFT" in shown and "0.125" in shown and "0.875" in shown and "<b>harmful" in shown
+
+
 def test_runs_of_one_name_cannot_be_told_apart(tmp_path):
     runs = [load_run(build_run(tmp_path / place)) for place in "ab"]
     with pytest.raises(UserError, match="two have one name"):
