@@ -6,8 +6,9 @@
     python -m benchmarks.real_model smollm2-harmless --gpus 0 1     # what does not depend on each other, side by side
     python -m benchmarks.real_model --table                         # writes the section again
 
-Another recipe has a section of its own: `--out benchmarks/results/real_model_NAME.json`, between the marks
-`measured real_model_NAME` of the page.
+Each recipe has a file of figures of its own, `benchmarks/results/real_model_NAME.json`, and where the page has marks
+`measured real_model_NAME` its section is written between them; NAME is the recipe's without `smollm2-`, and that of
+`smollm2-harmless` is left out.
 
 Run `smollm2-harmless` is the recipe's: SFT, a reward model of each half of the pairs, PPO on the first one, evaluate by
 the second. Run `smollm2-harmless-lora` takes SFT and the second reward model over; its reward model, policy and critic
@@ -234,9 +235,16 @@ def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     return [{"step": row["ppo_step"]} | {k: row[k] for k in keys if k in row} for row in rows if "eval/scores" in row]
 
 
+def default_out(name: str) -> Path:
+    """File of figures of a recipe."""
+    short = name.removeprefix("smollm2-").replace("-", "_")
+    return RESULTS if short == "harmless" else RESULTS.with_name(f"real_model_{short}.json")
+
+
 def published(out: Path) -> bool:
-    """Whether a file of figures is one of those that the page shows."""
-    return out.parent == RESULTS.parent
+    """Whether a file of figures is one of those that the page has a section for."""
+    ours = out.parent == RESULTS.parent and out.name.startswith(RESULTS.stem)
+    return ours and f"<!-- measured {out.stem}: begin -->" in PAGE.read_text(encoding="utf-8")
 
 
 def draw(args: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -316,12 +324,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=lambda path: Path(path).resolve(),
-        default=RESULTS,
-        help=f"JSON of all figures; in {RESULTS.parent.name}/ it writes the page",
+        help=f"JSON of all figures; default: the recipe's in {RESULTS.parent.name}/, which writes the page",
     )
     parser.add_argument("--table", action="store_true", help=f"only write the section of {PAGE.name} from that file")
     args = parser.parse_args(argv)
     args.name = Path(args.recipe).stem
+    args.out = args.out or default_out(args.name)
     return args
 
 

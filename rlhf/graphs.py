@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from rlhf.errors import UserError
-from rlhf.models import explicit_masks, special_attention
+from rlhf.models import dropout_of, explicit_masks, special_attention
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +71,9 @@ def attend_without_mask(model: nn.Module) -> None:
             part.set_attn_implementation(CAUSAL)
 
 
-def has_dropout(model: PreTrainedModel) -> bool:
+def has_dropout(model: nn.Module) -> bool:
     """Whether a forward in training draws random numbers: replayed, a resumed run would draw others."""
-    return bool(getattr(model.config, "attention_dropout", 0)) or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
-    )
+    return any(dropout_of(module) for module in model.modules())
 
 
 def count_recording() -> None:

@@ -260,11 +260,17 @@ def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             config.bos_token_id = tokenizer.bos_token_id
 
 
+def dropout_of(module: nn.Module) -> list[str]:
+    """Attributes by which one module's forward drops at random: `p` of nn.Dropout, or a rate that it hands on (OPT)."""
+    names = ("p",) if isinstance(module, nn.Dropout) else ("activation_dropout", "layerdrop", *DROPOUT_KEYS)
+    return [name for name in names if isinstance(rate := getattr(module, name, None), int | float) and rate > 0]
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Dropout off in every stage: with it the first ratio is not 1 and the KL of equal policies not 0 (N+)."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        for name in dropout_of(module):
+            setattr(module, name, 0.0)
     config = getattr(model, "config", None)
     for key in DROPOUT_KEYS:
         if getattr(config, key, None):

@@ -60,15 +60,20 @@ class ExactSFTTrainer(GraphedTrainer, SFTTrainer):
     def columns(self) -> int:
         """What lengths are rounded up to: 16 shapes or fewer, unless `pad_to_multiple_of` asks for something else."""
         args: Any = self.args
-        few = COLUMNS * -(-max(self.row_lengths()) // (16 * COLUMNS))
+        few = COLUMNS * -(-self.longest() // (16 * COLUMNS))
         return math.lcm(few, args.pad_to_multiple_of or 1)
+
+    def longest(self) -> int:
+        """Tokens of the longest row; evaluations have the same collator."""
+        sets: list[Any] = [rows for rows in (self.train_dataset, self.eval_dataset) if rows is not None]
+        return max(len(ids) for rows in sets for ids in rows["input_ids"])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Gradients of one batch; returns its loss."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.graphed is not None:
             entropy, right, counted, tokens = self.measured
-            self._total_train_tokens = self._total_train_tokens + tokens
+            self._total_train_tokens = self._total_train_tokens + tokens.long()
             metrics = {"entropy": entropy / counted.clamp(min=1), "mean_token_accuracy": right / counted.clamp(min=1)}
             for key, value in metrics.items():
                 self._metrics["train"][key].append(value)
@@ -129,6 +134,7 @@ def use_graphs(trainer: ExactSFTTrainer, choice: str) -> None:
     if pool is None:
         return
     special = {
+        "torch_compile": args.torch_compile,
         "loss_type": args.loss_type != "nll",
         "label_smoothing_factor": args.label_smoothing_factor,
         "packing": args.packing,
@@ -141,7 +147,9 @@ def use_graphs(trainer: ExactSFTTrainer, choice: str) -> None:
     wrong = next((f"sft.trainer.{key}" for key, value in special.items() if value), None)
     if wrong is None and has_dropout(trainer.model):
         wrong = "dropout"
-    longest, limit = max(trainer.row_lengths()), getattr(trainer.model.config, "max_position_embeddings", None)
+    if wrong is None and trainer.aux_loss_enabled:
+        wrong = "the auxiliary loss of a mixture of experts"
+    longest, limit = trainer.longest(), getattr(trainer.model.config, "max_position_embeddings", None)
     if wrong is None and limit and -(-longest // trainer.columns()) * trainer.columns() > limit:
         wrong = f"rows of {longest} tokens, rounded up to more than the model's {limit} positions,"
     if wrong is None and not has_plain_head(trainer.accelerator.unwrap_model(trainer.model)):

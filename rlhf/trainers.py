@@ -340,7 +340,7 @@ class GraphedTrainer(ExactResume):
             torch._foreach_zero_([parameter.grad for parameter in parameters if parameter.grad is not None])
 
         self.model.zero_grad = zero_grad
-        self.graphed = Graphed(self._forward_backward, pool)
+        self.graphed = Graphed(self._forward_backward, pool, prepare=lambda: allocate_gradients(parameters))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Gradients of one batch; returns its loss."""

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 
 from rlhf.artifacts import Artifact, sha256_file
 from rlhf.data import Renderer, check_split
-from rlhf.data.load import SOURCE
+from rlhf.data.load import PART
 from rlhf.errors import UserError
 from rlhf.evaluation import frontier
 from rlhf.evaluation.compare import PolicySamples, compare, compare_parts, with_limits
@@ -94,7 +94,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
     evaluated = [evaluate_policy(sampler, scores, source) for source in section.policies]
     policies = [policy for policy, _ in evaluated]
     result = compare(policies, num_resamples=section.bootstrap, seed=ctx.seed)
-    parts = columns.get(SOURCE, [])
+    parts = columns.get(PART, [])
     result["parts"] = compare_parts(policies, parts, num_resamples=section.bootstrap, seed=ctx.seed)
     result["sampling"] = settings | {"kl_as_sampled": has_knobs(settings)}
     result["headline"] = main_judge(result["scores"], first_judge(ctx.recipe))

@@ -277,7 +277,7 @@ def reward_trainer(
     if wants_compile(recipe, len(train), args):
         compile_blocks(trainer.model)
     pool = graph_pool(section.cuda_graphs, "reward", [trainer.model], trainer.accelerator, args.gradient_checkpointing)
-    if pool is not None and head is None and not has_dropout(trainer.model):
+    if pool is not None and head is None and not args.torch_compile and not has_dropout(trainer.model):
         trainer.use_graphs(pool)
     return trainer
 

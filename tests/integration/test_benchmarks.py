@@ -190,6 +190,14 @@ def test_the_real_model_passes_every_stage_and_once_more_with_lora(tmp_path: Pat
     assert [(step.run, step.name, step.command[-1]) for step in one] == [("ci-lora", "ppo", "peft.r=8")]
 
 
+def test_each_recipe_has_figures_of_its_own() -> None:
+    assert real_model.parse(["smollm2-harmless"]).out == real_model.RESULTS
+    other = real_model.parse(["smollm2-helpful-harmless"]).out
+    assert other == real_model.RESULTS.with_name("real_model_helpful_harmless.json") and real_model.published(other)
+    assert not real_model.published(real_model.parse(["ci"]).out)
+    assert not real_model.published(reward_cv.RESULTS)
+
+
 MEASURED = sorted(real_model.RESULTS.parent.glob("real_model*.json"))
 
 

@@ -146,10 +146,10 @@ def test_pairs_and_prompts_of_a_mixture_say_which_part_they_are_of(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(part))
     whole = {"name": "whole", "mixture": [{"recipe": str(tmp_path / f"{name}.yaml")} for name in "ab"]}
     recipe = validate(DataRecipe, whole, "whole.yaml")
-    for kind in ("preference", "prompts"):
+    for kind, column in (("preference", "source"), ("prompts", "mixture_part")):
         rows = load_rows(recipe, "train", kind)
-        assert len(rows) == 6 and all(row["source"] == row["prompt"][0] for row in rows)
-    assert "source" not in load_rows(recipe, "train", "sft")[0]
+        assert len(rows) == 6 and all(row[column] == row["prompt"][0] for row in rows)
+    assert set(load_rows(recipe, "train", "sft")[0]) == {"prompt", "completion"}
 
 
 def test_a_mixture_is_the_same_in_every_process(tmp_path):

@@ -6,11 +6,20 @@ import struct
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from transformers.activations import NewGELUActivation
 
 from rlhf.convert import convert
 from rlhf.errors import UserError
+from rlhf.graphs import has_dropout
 from rlhf.models import (
     ActorCritic,
     Scorer,
@@ -288,6 +297,15 @@ def test_llama_attention_dropout_is_off():
     model.train()
     ids = torch.tensor([[3, 4, 5, 6]])
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_dropout_by_a_function_call_is_found_and_off():
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=16)).train()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    assert has_dropout(model) and not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    assert not has_dropout(model) and torch.equal(model(ids).logits, model(ids).logits)
 
 
 # --------------------------------------------------------------------------------------------------------------- save

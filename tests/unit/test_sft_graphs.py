@@ -62,6 +62,7 @@ def test_losses_do_not_depend_on_the_size_of_a_piece(monkeypatch):
         ({"loss_type": "dft"}, "sft.trainer.loss_type"),
         ({"neftune_noise_alpha": 5.0}, "sft.trainer.neftune_noise_alpha"),
         ({"torch_empty_cache_steps": 3}, "sft.trainer.torch_empty_cache_steps"),
+        ({"torch_compile": True}, "sft.trainer.torch_compile"),
     ],
 )
 def test_what_a_graph_cannot_hold_runs_without(tmp_path, monkeypatch, options, blamed):
@@ -71,6 +72,25 @@ def test_what_a_graph_cannot_hold_runs_without(tmp_path, monkeypatch, options, b
     assert trainer.graphed is None
     with pytest.raises(UserError, match=rf"sft.cuda_graphs: on, but {blamed} cannot be part of a graph"):
         use_graphs(trainer, "on")
+
+
+def test_the_loss_of_experts_and_dropout_need_the_trainers_own_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.sft.graph_pool", lambda *args: "a pool")
+    trainer = sft_trainer(tmp_path)
+    trainer.aux_loss_enabled = True
+    with pytest.raises(UserError, match="the auxiliary loss of a mixture of experts cannot be part of a graph"):
+        use_graphs(trainer, "on")
+    trainer.aux_loss_enabled = False
+    trainer.model.transformer.h[0].mlp.dropout.p = 0.1
+    with pytest.raises(UserError, match="dropout cannot be part of a graph"):
+        use_graphs(trainer, "on")
+
+
+def test_tokens_are_counted_one_by_one(tmp_path):
+    trainer = sft_trainer(tmp_path)
+    trainer.use_graphs(None)
+    trainer._total_train_tokens = 2**25  # above it float32 knows every fourth number
+    assert step(trainer, 1)[3]["num_tokens"] == 2**25 + 30
 
 
 def test_graphs_on_need_a_gpu(tmp_path):
@@ -86,5 +106,9 @@ def test_rows_are_never_rounded_up_to_more_positions_than_the_model_has(tmp_path
     with pytest.raises(UserError, match="rows of 9 tokens, rounded up to more than the model's 95 positions, cannot"):
         use_graphs(trainer, "on")
     trainer.model.config.n_positions = 96
+    trainer.eval_dataset = {"input_ids": [[1] * 97]}  # padded by the same collator
+    with pytest.raises(UserError, match="rows of 97 tokens, rounded up"):
+        use_graphs(trainer, "on")
+    trainer.eval_dataset = None
     use_graphs(trainer, "on")
     assert trainer.graphed is not None and trainer.data_collator.pad_to_multiple_of == 96
