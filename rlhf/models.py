@@ -628,7 +628,7 @@ class ActorCritic(nn.Module):
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Trainable parameters that the policy's outputs depend on (a shared trunk included)."""
-        return [p for name, p in self.policy.named_parameters() if p.requires_grad and ".critic." not in name]
+        return [p for name, p in self.named_parameters() if p.requires_grad and not of_critic(name)]
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, response: Response, temperature: float, mode: str = "train"
@@ -701,6 +701,11 @@ class ActorCritic(nn.Module):
                 return self.policy.generate(**kwargs)
         finally:
             self.policy.train(training)
+
+
+def of_critic(name: str) -> bool:
+    """Whether a trainable parameter of `ActorCritic` is the critic's alone: its trunk, adapter, head or bias."""
+    return name.startswith(("critic.", "value_")) or ".critic." in name
 
 
 def set_active_adapter(model: nn.Module, name: str | None) -> None:

@@ -352,6 +352,12 @@ class PPOSection(Section):
     )
 
     learning_rate: float = Field(3e-6, gt=0, description="AdamW peak, linear to 0. N+.")
+    critic_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak for the critic (with critic: shared for its head alone); null = learning_rate. OpenRLHF and "
+        "verl take ten times the policy's.",
+    )
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of optimizer steps with rising learning rate.")
     adam_eps: float = Field(1e-5, gt=0, description="N+: 1e-5, not PyTorch's 1e-8.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the global gradient norm; null = off.")

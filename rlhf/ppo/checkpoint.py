@@ -30,6 +30,7 @@ from rlhf.checkpoints import (
     restore_random_state,
     seal,
 )
+from rlhf.models import of_critic
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PPOTrainer
@@ -191,7 +192,8 @@ def _local(tensor: Tensor) -> Tensor:
 def _names(trainer: PPOTrainer) -> list[str]:
     """Names of the optimizer's parameters, in its order."""
     named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
-    return [name for name, parameter in named if parameter.requires_grad]
+    names = [name for name, parameter in named if parameter.requires_grad]
+    return names if len(trainer.optimizer.param_groups) == 1 else sorted(names, key=of_critic)
 
 
 def _weights(trainer: PPOTrainer) -> dict[str, Tensor]:

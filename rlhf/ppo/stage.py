@@ -23,10 +23,12 @@ from rlhf.interrupt import finish_step_first
 from rlhf.logs import MetricsWriter, check_trackers
 from rlhf.metrics import PPO
 from rlhf.models import (
+    ActorCritic,
     check_position_limit,
     compile_blocks,
     compute_dtype,
     load_tokenizer,
+    of_critic,
     special_attention,
     tokenizer_identity,
 )
@@ -43,7 +45,7 @@ from rlhf.ppo.build import (
 )
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.trainer import PPOTrainer, Prompts
-from rlhf.recipe import Recipe, RewardGateSection
+from rlhf.recipe import PPOSection, Recipe, RewardGateSection
 from rlhf.reward import gate
 from rlhf.sampling import SAMPLED_WITH
 from rlhf.stage import Stage, StageContext
@@ -205,11 +207,7 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
     accelerator.init_trackers("tensorboard" if recipe.logging.report_to == ["tensorboard"] else recipe.logging.project)
     model = build_actor_critic(ctx)
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        eps=config.adam_eps,
-        weight_decay=0.0,
-        fused=True,
+        parameter_groups(model, config), lr=config.learning_rate, eps=config.adam_eps, weight_decay=0.0, fused=True
     )
     if accelerator.is_fsdp2:
         # Accelerate's own policy rounds what leaves the module to bf16 (log-probabilities!), and reduces gradients so.
@@ -244,6 +242,14 @@ def build_trainer(ctx: StageContext, tokenizer: PreTrainedTokenizerBase) -> PPOT
         graph_pool=pool,
         packing=packing,
     )
+
+
+def parameter_groups(model: ActorCritic, config: PPOSection) -> list[dict[str, Any]]:
+    """What AdamW trains: everything at one rate, or the policy and then the critic at its own."""
+    if config.critic_learning_rate is None:
+        return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    critic = [p for name, p in model.named_parameters() if p.requires_grad and of_critic(name)]
+    return [{"params": model.policy_parameters()}, {"params": critic, "lr": config.critic_learning_rate}]
 
 
 def wants_packing(

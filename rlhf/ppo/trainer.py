@@ -499,8 +499,9 @@ class PPOTrainer:
         total, step = each * config.total_steps, each * self.ppo_step + number
         warmup = math.ceil(config.warmup_ratio * total)
         factor = (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
+        peaks = config.learning_rate, config.critic_learning_rate or config.learning_rate  # see `parameter_groups`
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=False):
+            group["lr"] = peak * factor
 
     def _clip_gradients(self) -> float:
         """Norm before clipping; clips to `max_grad_norm` if set."""

@@ -10,7 +10,7 @@ import torch
 from rlhf.artifacts import partial_dir
 from rlhf.errors import UserError
 from rlhf.metrics import PPO
-from rlhf.models import load_model
+from rlhf.models import load_model, of_critic
 from rlhf.ppo import stage as ppo_stage
 from rlhf.ppo.checkpoint import Checkpointer
 from rlhf.ppo.trainer import PPOTrainer
@@ -505,3 +505,42 @@ def test_running_out_of_prompts_for_evaluation_is_no_error(tmp_path):
     trainer.train()
     assert len(trainer.eval_prompts.ids) == 6
     assert json.dumps(metrics_of(trainer)[-1]["eval/scores"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_critic_has_a_learning_rate_of_its_own(tmp_path, shape):
+    ppo = {"total_episodes": 8, "num_ppo_epochs": 2, "learning_rate": 1e-9, "critic_learning_rate": 1e-2}
+    trainer = trainer_of(toy_context(tmp_path, shape, ppo))
+    before = weights(trainer)
+    trainer.step()
+    trainer.ppo_step += 1
+    moved = {name: float((value - before[name]).abs().max()) for name, value in weights(trainer).items()}
+    critic = {name for name in moved if of_critic(name)}
+    assert critic and all(moved[name] < 1e-6 for name in set(moved) - critic)
+    assert max(moved[name] for name in critic) > 1e-3
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [
+        pytest.approx(rate * 5 / 8)
+        for rate in (1e-9, 1e-2)  # the last of its steps, of twice as many
+    ]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_run_with_two_learning_rates_resumes_exactly(tmp_path, shape):
+    ppo = {"total_episodes": 16, "learning_rate": 1e-2, "critic_learning_rate": 3e-2, "checkpoint_every": 2}
+    whole = trainer_of(toy_context(tmp_path / "whole", shape, ppo))
+    whole.train()
+    broken = trainer_of(toy_context(tmp_path / "broken", shape, ppo))
+    step = broken.step
+
+    def dies():
+        if broken.ppo_step == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    broken.step = dies
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = trainer_of(toy_context(tmp_path / "broken", shape, ppo))
+    resumed.train()
+    final = weights(whole)
+    assert all(torch.equal(value, final[name]) for name, value in weights(resumed).items())
