@@ -7,8 +7,7 @@
     python -m benchmarks.real_model --table                         # writes the section again
 
 Each recipe has a file of figures of its own, `benchmarks/results/real_model_NAME.json`, and where the page has marks
-`measured real_model_NAME` its section is written between them; NAME is the recipe's without `smollm2-`, and that of
-`smollm2-harmless` is left out.
+`measured real_model_NAME` its section is written between them; NAME is the recipe's without `smollm2-`.
 
 Run `smollm2-harmless` is the recipe's: SFT, a reward model of each half of the pairs, PPO on the first one, evaluate by
 the second. Run `smollm2-harmless-lora` takes SFT and the second reward model over; its reward model, policy and critic
@@ -41,7 +40,7 @@ from rlhf.evaluation.report import comparison_table, part_table
 from rlhf.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent
-RESULTS = ROOT / "results" / "real_model.json"  # those of other recipes are beside it
+RESULTS = ROOT / "results"
 PAGE = ROOT.parent / "docs" / "results.md"
 NEW = "/new"  # of pipelines.chat: forget the conversation
 STOPS = 60.0  # seconds that a stage gets to write its checkpoint
@@ -237,13 +236,12 @@ def curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 def default_out(name: str) -> Path:
     """File of figures of a recipe."""
-    short = name.removeprefix("smollm2-").replace("-", "_")
-    return RESULTS if short == "harmless" else RESULTS.with_name(f"real_model_{short}.json")
+    return RESULTS / f"real_model_{name.removeprefix('smollm2-').replace('-', '_')}.json"
 
 
 def published(out: Path) -> bool:
     """Whether a file of figures is one of those that the page has a section for."""
-    ours = out.parent == RESULTS.parent and out.name.startswith(RESULTS.stem)
+    ours = out.parent == RESULTS and out.name.startswith("real_model_")
     return ours and f"<!-- measured {out.stem}: begin -->" in PAGE.read_text(encoding="utf-8")
 
 
@@ -324,7 +322,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=lambda path: Path(path).resolve(),
-        help=f"JSON of all figures; default: the recipe's in {RESULTS.parent.name}/, which writes the page",
+        help=f"JSON of all figures; default: the recipe's in {RESULTS.name}/, which writes the page",
     )
     parser.add_argument("--table", action="store_true", help=f"only write the section of {PAGE.name} from that file")
     args = parser.parse_args(argv)

@@ -43,7 +43,7 @@ from rlhf.recipe import Recipe, apply_override
 from rlhf.reward import train as reward
 from rlhf.reward.baselines import tfidf_baseline
 from rlhf.sampling import score_sequences
-from rlhf.sft import ExactSFTTrainer, rendered_rows, use_graphs
+from rlhf.sft import ExactSFTTrainer, rendered_rows
 from rlhf.stage import StageContext, git_commit, package_versions
 from rlhf.trainers import trainer_args
 from rlhf.yamlio import validate
@@ -93,7 +93,7 @@ def tuned_base(args: argparse.Namespace, ctx: StageContext, renderer: Renderer, 
     trainer = ExactSFTTrainer(
         load_model(args.base), args=config, train_dataset=data, processing_class=renderer.tokenizer
     )
-    use_graphs(trainer, "auto")
+    trainer.graph_steps("sft", "auto")
     trainer.earlier, trainer.began = {}, time.time()
     trainer.train()
     folder = ctx.dir / "sft"

@@ -506,18 +506,31 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float, entropy: 
 def _chunked_logprobs(
     compute: Callable, vocab: int, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`compute` on pieces of `hidden` [B,R,D], none with more than `LOGITS_BYTES` of float32 logits."""
+    """`compute` on pieces of `hidden` [B,R,D]; see `in_pieces`."""
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
-    size = max(1, LOGITS_BYTES // (4 * vocab))
-    if flat.shape[0] <= size:
-        parts = [compute(flat, wanted, temperature, entropy)]
-    else:
-        pieces = zip(flat.split(size), wanted.split(size), strict=True)
-        again = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)  # nothing random in there
-        parts = [again(*piece, temperature, entropy) for piece in pieces]
+    parts = in_pieces(compute, vocab, flat, wanted, temperature, entropy)
     logprobs = torch.cat([part[0] for part in parts]).view(tokens.shape)
     entropies = torch.cat([part[1] for part in parts]).view(tokens.shape) if entropy else None
     return logprobs, entropies
+
+
+def in_pieces(compute: Callable, vocab: int, hidden: Tensor, tokens: Tensor, *more: Any) -> list[Any]:
+    """`compute(hidden, tokens, *more)` of pieces of both, none with more than `LOGITS_BYTES` of float32 logits.
+
+    Of several pieces the logits are computed again in the backward pass.
+
+    Args:
+        compute: what needs the logits of a piece.
+        vocab: logits of a token.
+        hidden: [N,D].
+        tokens: [N].
+        more: further arguments, the same for every piece.
+    """
+    size = max(1, LOGITS_BYTES // (4 * vocab))
+    if len(hidden) <= size:
+        return [compute(hidden, tokens, *more)]
+    again = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)  # nothing random in there
+    return [again(*piece, *more) for piece in zip(hidden.split(size), tokens.split(size), strict=True)]
 
 
 def _head_logprobs(

@@ -5,30 +5,28 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.cards import write_card
 from rlhf.data import Renderer, check_split
 from rlhf.errors import UserError
-from rlhf.graphs import graph_pool, has_dropout
 from rlhf.logs import check_trackers
 from rlhf.models import (
-    LOGITS_BYTES,
     align_special_tokens,
     base_files,
     base_path,
     check_length,
     compute_dtype,
     has_plain_head,
+    in_pieces,
     load_base_model,
     load_base_tokenizer,
     load_model,
@@ -46,27 +44,46 @@ from rlhf.trainers import GraphedTrainer, check_trainer, in_curriculum_order, ru
 logger = logging.getLogger(__name__)
 
 COLUMNS = 32  # batches in CUDA graphs are as long as a multiple of it
+# Settings of SFTConfig that change the loss, the rows or what a step does beside them.
+UNGRAPHABLE = ("label_smoothing_factor", "packing", "padding_free", "activation_offloading", "use_liger_kernel")
+UNGRAPHABLE += ("neftune_noise_alpha", "torch_empty_cache_steps")
 DEFAULT_BUDGET = 128  # tokens of a response that is sampled without a `ppo` section
 
 
 class ExactSFTTrainer(GraphedTrainer, SFTTrainer):
     """TRL's, which resumes exactly; on a GPU a small model's steps are CUDA graphs."""
 
-    def use_graphs(self, pool: Any) -> None:
-        """Also rounds up the lengths of batches."""
-        self.data_collator.pad_to_multiple_of = self.columns()
-        super().use_graphs(pool)
-
-    def columns(self) -> int:
-        """What lengths are rounded up to: 16 shapes or fewer, unless `pad_to_multiple_of` asks for something else."""
-        args: Any = self.args
-        few = COLUMNS * -(-self.longest() // (16 * COLUMNS))
-        return math.lcm(few, args.pad_to_multiple_of or 1)
-
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest row; evaluations have the same collator."""
         sets: list[Any] = [rows for rows in (self.train_dataset, self.eval_dataset) if rows is not None]
         return max(len(ids) for rows in sets for ids in rows["input_ids"])
+
+    def columns(self) -> int:
+        """What lengths are rounded up to: 16 shapes or fewer, unless `pad_to_multiple_of` asks for something else."""
+        args: Any = self.args
+        return math.lcm(COLUMNS * -(-self.longest // (16 * COLUMNS)), args.pad_to_multiple_of or 1)
+
+    def ungraphable(self) -> str | None:
+        """Also another loss than TRL's `nll` on padded rows, and rows that leave no room to round up."""
+        args: Any = self.args
+        if args.loss_type != "nll":
+            return f"trainer.loss_type {args.loss_type}"
+        if special := next((key for key in UNGRAPHABLE if getattr(args, key)), None):
+            return f"trainer.{special}"
+        if self.aux_loss_enabled:
+            return "the auxiliary loss of a mixture of experts"
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit and -(-self.longest // self.columns()) * self.columns() > limit:
+            return f"rows of {self.longest} tokens, rounded up to more than the model's {limit} positions,"
+        if not has_plain_head(self.model):
+            return "a model that scales or caps its logits"
+        return super().ungraphable()
+
+    def use_graphs(self, pool: Any) -> None:
+        """Also rounds up the lengths of batches."""
+        self.data_collator.pad_to_multiple_of = self.columns()
+        super().use_graphs(pool)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Gradients of one batch; returns its loss."""
@@ -106,10 +123,8 @@ def token_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tenso
     Returns:
         a scalar in nats; [3] in float32: summed entropy in nats, tokens that are the likeliest ones, tokens.
     """
-    size = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
-    pieces = zip(hidden.flatten(0, 1).split(size), labels.flatten().split(size), strict=True)
-    again = partial(checkpoint, _token_losses, use_reentrant=False, preserve_rng_state=False)  # nothing random in there
-    losses, measured = zip(*(again(head, *piece) for piece in pieces), strict=True)
+    pieces = in_pieces(partial(_token_losses, head), head.weight.shape[0], hidden.flatten(0, 1), labels.flatten())
+    losses, measured = zip(*pieces, strict=True)
     return torch.stack(losses).sum(), torch.stack(measured).sum(dim=0)
 
 
@@ -121,43 +136,6 @@ def _token_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tens
         right = logprobs.argmax(dim=-1) == labels
         measured = torch.stack([(entropy * counted).sum(), (right & counted).sum(), counted.sum()])
     return nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), measured
-
-
-def use_graphs(trainer: ExactSFTTrainer, choice: str) -> None:
-    """CUDA graphs where the steps can be: see `sft.cuda_graphs`.
-
-    Raises:
-        UserError: `on` where they cannot.
-    """
-    args: Any = trainer.args
-    pool = graph_pool(choice, "sft", [trainer.model], trainer.accelerator, args.gradient_checkpointing)
-    if pool is None:
-        return
-    special = {
-        "torch_compile": args.torch_compile,
-        "loss_type": args.loss_type != "nll",
-        "label_smoothing_factor": args.label_smoothing_factor,
-        "packing": args.packing,
-        "padding_free": args.padding_free,
-        "activation_offloading": args.activation_offloading,
-        "use_liger_kernel": args.use_liger_kernel,
-        "neftune_noise_alpha": args.neftune_noise_alpha,
-        "torch_empty_cache_steps": args.torch_empty_cache_steps,
-    }
-    wrong = next((f"sft.trainer.{key}" for key, value in special.items() if value), None)
-    if wrong is None and has_dropout(trainer.model):
-        wrong = "dropout"
-    if wrong is None and trainer.aux_loss_enabled:
-        wrong = "the auxiliary loss of a mixture of experts"
-    longest, limit = trainer.longest(), getattr(trainer.model.config, "max_position_embeddings", None)
-    if wrong is None and limit and -(-longest // trainer.columns()) * trainer.columns() > limit:
-        wrong = f"rows of {longest} tokens, rounded up to more than the model's {limit} positions,"
-    if wrong is None and not has_plain_head(trainer.accelerator.unwrap_model(trainer.model)):
-        wrong = "a model that scales or caps its logits"
-    if wrong is None:
-        trainer.use_graphs(pool)
-    elif choice == "on":
-        raise UserError(f"sft.cuda_graphs: on, but {wrong} cannot be part of a graph: set it to auto or off")
 
 
 def rendered_rows(rows: list[dict], renderer: Renderer, max_length: int, where: str) -> Dataset:
@@ -244,7 +222,7 @@ def build(ctx: StageContext) -> dict[str, Any]:
     trainer = ExactSFTTrainer(
         model, args=args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, peft_config=peft
     )
-    use_graphs(trainer, section.cuda_graphs)
+    trainer.graph_steps("sft", section.cuda_graphs)
     metrics = run_trainer(trainer, ctx)
     if held_out is not None:
         metrics["eval_loss"] = trainer.evaluate()["eval_loss"]

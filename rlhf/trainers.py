@@ -29,7 +29,7 @@ from rlhf.artifacts import write_json
 from rlhf.checkpoints import check_environment, environment, newest_whole, seal
 from rlhf.data import load_data_recipe, ordered_by_difficulty
 from rlhf.errors import UserError
-from rlhf.graphs import Graphed, allocate_gradients, attend_without_mask
+from rlhf.graphs import Graphed, allocate_gradients, attend_without_mask, graph_pool, has_dropout
 from rlhf.interrupt import Interrupted, finish_step_first, requested
 from rlhf.lengths import LengthSampler
 from rlhf.logs import trainer_callback
@@ -329,6 +329,29 @@ class GraphedTrainer(ExactResume):
     measured: Tensor
     model: Any
     _metrics: Any
+
+    def ungraphable(self) -> str | None:
+        """What of this trainer cannot be part of a graph; None where nothing."""
+        if self.args.torch_compile:
+            return "trainer.torch_compile"
+        return "dropout" if has_dropout(self.model) else None
+
+    def graph_steps(self, section: str, choice: str) -> None:
+        """Begin with CUDA graphs where they can be.
+
+        Args:
+            section: of the recipe, for the message.
+            choice: its `cuda_graphs`.
+
+        Raises:
+            UserError: `on` where they cannot.
+        """
+        pool = graph_pool(choice, section, [self.model], self.accelerator, bool(self.args.gradient_checkpointing))
+        reason = self.ungraphable() if pool is not None else None
+        if reason is not None and choice == "on":
+            raise UserError(f"{section}.cuda_graphs: on, but {reason} cannot be part of a graph: set it to auto or off")
+        if pool is not None and reason is None:
+            self.use_graphs(pool)
 
     def use_graphs(self, pool: Any) -> None:
         """Replay a step's forward and backward as CUDA graphs: batches must come in few shapes, padded on the right."""

@@ -24,8 +24,8 @@ from rlhf.yamlio import nearest
 
 logger = logging.getLogger(__name__)
 
-SOURCE = "source"  # column of a mixture's pairs: the part that they are of, unless they have one of that name
-PART = "mixture_part"  # the same for its prompts
+SOURCE = "source"  # column of a mixture's pairs: the part that they are of, unless they keep one of that name
+PART = "mixture_part"  # the same for its prompts, whose own columns go to reward functions: `source` is a common one
 
 
 def load_rows(
@@ -68,8 +68,8 @@ def load_rows(
         mixed = _mixed_rows(recipe, split, kind, seed, root)
         ordered = sorted(mixed, key=lambda item: order_key(item[1], seed))[:limit]
         # The part is a slice of the reward report and of the evaluation.
-        about = {"preference": lambda name, row: {SOURCE: name} | row, "prompts": lambda name, row: row | {PART: name}}
-        return [about.get(kind, lambda _, row: row)(name, row) for name, row in ordered]
+        column = {"preference": SOURCE, "prompts": PART}.get(kind)
+        return [{column: name} | row if column else row for name, row in ordered]
     try:
         known = detected(recipe)
         check_derivation(FORMATS[named(known)].native, kind)

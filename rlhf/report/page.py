@@ -165,11 +165,11 @@ def _evaluation(run: Run) -> str:
         f"<p>{result['num_responses']:,} responses to {result['num_prompts']:,} held-out prompts"
         f"{evaluation.sampled(result)}. Brackets are 95 % bootstrap intervals over prompts.</p>",
         table(frame, header[1:]),
-        _picture(run, evaluation.PICTURE_NAME, "what PPO changed"),
     ]
     if found := evaluation.part_rows(result):
         columns, *of_parts = found
-        parts.insert(2, table(pd.DataFrame(of_parts, columns=columns), columns[1:]))
+        parts.append(table(pd.DataFrame(of_parts, columns=columns), columns[1:]))
+    parts.append(_picture(run, evaluation.PICTURE_NAME, "what PPO changed"))
     if "frontier" in result:
         curve = result["frontier"]
         columns, *steps = frontier_report.table_rows(curve)

@@ -21,7 +21,6 @@ from rlhf.cards import write_card
 from rlhf.data import Renderer, check_split
 from rlhf.data.splits import group_key
 from rlhf.errors import UserError
-from rlhf.graphs import graph_pool, has_dropout
 from rlhf.locks import locked
 from rlhf.logs import check_trackers
 from rlhf.models import (
@@ -63,6 +62,10 @@ class ExactRewardTrainer(GraphedTrainer, RewardTrainer):
 
     objective: Objective
     _signature_columns: Any
+
+    def ungraphable(self) -> str | None:
+        """Also the language model beside the preferences: which tokens it counts is not known before."""
+        return "reward.lm_coef" if self.objective.head is not None else super().ungraphable()
 
     def use_graphs(self, pool: Any) -> None:
         """Also rounds up the lengths of batches, never above the positions that the model has."""
@@ -276,9 +279,7 @@ def reward_trainer(
     keep_residuals_in(torch.bfloat16 if args.bf16 else torch.float32, trainer.model)
     if wants_compile(recipe, len(train), args):
         compile_blocks(trainer.model)
-    pool = graph_pool(section.cuda_graphs, "reward", [trainer.model], trainer.accelerator, args.gradient_checkpointing)
-    if pool is not None and head is None and not args.torch_compile and not has_dropout(trainer.model):
-        trainer.use_graphs(pool)
+    trainer.graph_steps("reward", section.cuda_graphs)
     return trainer
 
 

@@ -7,7 +7,6 @@ from trl import RewardConfig
 
 from rlhf.models import new_reward_model, save_model
 from rlhf.reward.train import STAGE, reward_trainer
-from rlhf.sft import use_graphs
 from rlhf.stage import StageContext
 from rlhf.trainers import trainer_args
 from tests.builders import build_model, build_recipe, build_tokenizer
@@ -73,7 +72,7 @@ def test_sft_learns_the_same_with_graphs(tmp_path):
         hardware = {"device": "auto", "precision": "fp32"}
         options = {"learning_rate": 1e-3, "max_steps": 12, "per_device_train_batch_size": 2, "save_strategy": "no"}
         trainer = sft_trainer(tmp_path / choice, hardware, **options, gradient_accumulation_steps=2, disable_tqdm=True)
-        use_graphs(trainer, choice)
+        trainer.graph_steps("sft", choice)
         trainer.earlier, trainer.began = {}, 0.0
         trainer.train()
         rows = [row for row in trainer.state.log_history if "loss" in row]

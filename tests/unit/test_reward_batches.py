@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
+from rlhf.errors import UserError
 from rlhf.lengths import LengthSampler
 from rlhf.models import new_reward_model, save_model
 from rlhf.reward.batches import PairCollator, pair_lengths
@@ -128,3 +129,17 @@ def test_compiling_pays_from_a_thousand_steps_on(tmp_path):
     assert not wants_compile(recipe, 4000, Args)
     on = recipe.model_copy(update={"reward": recipe.reward.model_copy(update={"compile": "on"})})
     assert wants_compile(on, 10, Args)
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "blamed"),
+    [(torch.nn.Identity(), {}, "reward.lm_coef"), (None, {"torch_compile": True}, "trainer.torch_compile")],
+)
+def test_what_a_graph_cannot_hold_is_said_where_it_is_asked_for(tmp_path, monkeypatch, head, options, blamed):
+    ours, _ = both(tmp_path, **options)
+    ours.objective.head = head
+    monkeypatch.setattr("rlhf.trainers.graph_pool", lambda *args: "a pool")
+    with pytest.raises(UserError, match=f"reward.cuda_graphs: on, but {blamed} cannot be part of a graph"):
+        ours.graph_steps("reward", "on")
+    ours.graph_steps("reward", "auto")
+    assert ours.graphed is None

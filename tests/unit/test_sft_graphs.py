@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.sft import token_losses, use_graphs
+from rlhf.sft import token_losses
 from tests.sft_toys import sft_trainer
 from tests.tolerances import assert_close
 
@@ -44,7 +44,7 @@ def test_losses_do_not_depend_on_the_size_of_a_piece(monkeypatch):
     labels[0, :4] = labels[2] = -100
     found = []
     for tokens in (100, 2):
-        monkeypatch.setattr("rlhf.sft.LOGITS_BYTES", 4 * 50 * tokens)
+        monkeypatch.setattr("rlhf.models.LOGITS_BYTES", 4 * 50 * tokens)
         hidden = torch.linspace(-2, 2, 3 * 7 * 8).view(3, 7, 8).requires_grad_()
         loss, measured = token_losses(head, hidden, labels)
         found.append((loss, measured, torch.autograd.grad(loss, [hidden, head.weight])))
@@ -59,31 +59,31 @@ def test_losses_do_not_depend_on_the_size_of_a_piece(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "blamed"),
     [
-        ({"loss_type": "dft"}, "sft.trainer.loss_type"),
-        ({"neftune_noise_alpha": 5.0}, "sft.trainer.neftune_noise_alpha"),
-        ({"torch_empty_cache_steps": 3}, "sft.trainer.torch_empty_cache_steps"),
-        ({"torch_compile": True}, "sft.trainer.torch_compile"),
+        ({"loss_type": "dft"}, "trainer.loss_type dft"),
+        ({"neftune_noise_alpha": 5.0}, "trainer.neftune_noise_alpha"),
+        ({"torch_empty_cache_steps": 3}, "trainer.torch_empty_cache_steps"),
+        ({"torch_compile": True}, "trainer.torch_compile"),
     ],
 )
 def test_what_a_graph_cannot_hold_runs_without(tmp_path, monkeypatch, options, blamed):
-    monkeypatch.setattr("rlhf.sft.graph_pool", lambda *args: "a pool")
+    monkeypatch.setattr("rlhf.trainers.graph_pool", lambda *args: "a pool")
     trainer = sft_trainer(tmp_path, **options)
-    use_graphs(trainer, "auto")
+    trainer.graph_steps("sft", "auto")
     assert trainer.graphed is None
     with pytest.raises(UserError, match=rf"sft.cuda_graphs: on, but {blamed} cannot be part of a graph"):
-        use_graphs(trainer, "on")
+        trainer.graph_steps("sft", "on")
 
 
 def test_the_loss_of_experts_and_dropout_need_the_trainers_own_step(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf.sft.graph_pool", lambda *args: "a pool")
+    monkeypatch.setattr("rlhf.trainers.graph_pool", lambda *args: "a pool")
     trainer = sft_trainer(tmp_path)
     trainer.aux_loss_enabled = True
     with pytest.raises(UserError, match="the auxiliary loss of a mixture of experts cannot be part of a graph"):
-        use_graphs(trainer, "on")
+        trainer.graph_steps("sft", "on")
     trainer.aux_loss_enabled = False
     trainer.model.transformer.h[0].mlp.dropout.p = 0.1
     with pytest.raises(UserError, match="dropout cannot be part of a graph"):
-        use_graphs(trainer, "on")
+        trainer.graph_steps("sft", "on")
 
 
 def test_tokens_are_counted_one_by_one(tmp_path):
@@ -95,20 +95,20 @@ def test_tokens_are_counted_one_by_one(tmp_path):
 
 def test_graphs_on_need_a_gpu(tmp_path):
     with pytest.raises(UserError, match=r"sft.cuda_graphs: on needs one process on a GPU"):
-        use_graphs(sft_trainer(tmp_path), "on")
+        sft_trainer(tmp_path).graph_steps("sft", "on")
 
 
 def test_rows_are_never_rounded_up_to_more_positions_than_the_model_has(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf.sft.graph_pool", lambda *args: "a pool")
+    monkeypatch.setattr("rlhf.trainers.graph_pool", lambda *args: "a pool")
     trainer = sft_trainer(tmp_path, pad_to_multiple_of=48)
     assert trainer.columns() == 96  # of the 32 of its own and those
     trainer.model.config.n_positions = 95
     with pytest.raises(UserError, match="rows of 9 tokens, rounded up to more than the model's 95 positions, cannot"):
-        use_graphs(trainer, "on")
+        trainer.graph_steps("sft", "on")
     trainer.model.config.n_positions = 96
-    trainer.eval_dataset = {"input_ids": [[1] * 97]}  # padded by the same collator
-    with pytest.raises(UserError, match="rows of 97 tokens, rounded up"):
-        use_graphs(trainer, "on")
-    trainer.eval_dataset = None
-    use_graphs(trainer, "on")
+    trainer.graph_steps("sft", "on")
     assert trainer.graphed is not None and trainer.data_collator.pad_to_multiple_of == 96
+    trainer = sft_trainer(tmp_path / "evaluated")
+    trainer.model.config.n_positions, trainer.eval_dataset = 96, {"input_ids": [[1] * 97]}  # has the same collator
+    with pytest.raises(UserError, match="rows of 97 tokens, rounded up"):
+        trainer.graph_steps("sft", "on")
