@@ -132,12 +132,12 @@ def test_compiling_pays_from_a_thousand_steps_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("head", "options", "blamed"),
-    [(torch.nn.Identity(), {}, "reward.lm_coef"), (None, {"torch_compile": True}, "trainer.torch_compile")],
+    ("head", "compiled", "blamed"),
+    [(torch.nn.Identity(), False, "reward.lm_coef"), (None, True, "trainer.torch_compile")],
 )
-def test_what_a_graph_cannot_hold_is_said_where_it_is_asked_for(tmp_path, monkeypatch, head, options, blamed):
-    ours, _ = both(tmp_path, **options)
-    ours.objective.head = head
+def test_what_a_graph_cannot_hold_is_said_where_it_is_asked_for(tmp_path, monkeypatch, head, compiled, blamed):
+    ours, _ = both(tmp_path)
+    ours.objective.head, ours.args.torch_compile = head, compiled
     monkeypatch.setattr("rlhf.trainers.graph_pool", lambda *args: "a pool")
     with pytest.raises(UserError, match=f"reward.cuda_graphs: on, but {blamed} cannot be part of a graph"):
         ours.graph_steps("reward", "on")

@@ -62,7 +62,6 @@ def test_losses_do_not_depend_on_the_size_of_a_piece(monkeypatch):
         ({"loss_type": "dft"}, "trainer.loss_type dft"),
         ({"neftune_noise_alpha": 5.0}, "trainer.neftune_noise_alpha"),
         ({"torch_empty_cache_steps": 3}, "trainer.torch_empty_cache_steps"),
-        ({"torch_compile": True}, "trainer.torch_compile"),
     ],
 )
 def test_what_a_graph_cannot_hold_runs_without(tmp_path, monkeypatch, options, blamed):
@@ -74,13 +73,17 @@ def test_what_a_graph_cannot_hold_runs_without(tmp_path, monkeypatch, options, b
         trainer.graph_steps("sft", "on")
 
 
-def test_the_loss_of_experts_and_dropout_need_the_trainers_own_step(tmp_path, monkeypatch):
+def test_experts_compilation_and_dropout_need_the_trainers_own_step(tmp_path, monkeypatch):
     monkeypatch.setattr("rlhf.trainers.graph_pool", lambda *args: "a pool")
     trainer = sft_trainer(tmp_path)
     trainer.aux_loss_enabled = True
     with pytest.raises(UserError, match="the auxiliary loss of a mixture of experts cannot be part of a graph"):
         trainer.graph_steps("sft", "on")
     trainer.aux_loss_enabled = False
+    trainer.args.torch_compile = True  # not in the constructor: it leaves its mark in the environment
+    with pytest.raises(UserError, match=r"trainer.torch_compile cannot be part of a graph"):
+        trainer.graph_steps("sft", "on")
+    trainer.args.torch_compile = False
     trainer.model.transformer.h[0].mlp.dropout.p = 0.1
     with pytest.raises(UserError, match="dropout cannot be part of a graph"):
         trainer.graph_steps("sft", "on")
