@@ -86,6 +86,8 @@ TRAINER = {
 
 EVALUATE = {
     "<policy>/<score>_mean": "Mean of a reward or judge score over held-out responses.",
+    "<policy>/rlhf_reward_mean": "What PPO maximises: its score, clipped and with the missing-EOS rule, less kl_coef "
+    "times the KL. Not there with kl_target or normalize_scores, whose numbers move.",
     "<policy>/kl_mean": "KL to the reference in nats per response; 0 for the reference itself, "
     "unless it was sampled with top-p or a repetition penalty.",
     "<policy>/length_mean": "Tokens per response, EOS included.",
@@ -104,6 +106,7 @@ EVALUATE = {
     "<policy>_vs_<baseline>/refusal_rate_delta": "Mean paired difference of the refusal rate.",
     "<policy>_vs_<baseline>/perplexity_ratio": "perplexity of the policy by that of the baseline.",
     "<policy>_vs_<baseline>/<score>_delta": "Mean paired difference of a score, policy minus baseline.",
+    "<policy>_vs_<baseline>/rlhf_reward_delta": "Mean paired difference of rlhf_reward.",
     "<policy>_vs_<baseline>/kl_delta": "Mean paired difference of the KL in nats per response.",
     "<policy>_vs_<baseline>/length_delta": "Mean paired difference of the length in tokens.",
     "<policy>_vs_<baseline>/eos_rate_delta": "Mean paired difference of the EOS rate.",

@@ -30,6 +30,7 @@ class PolicySamples:
             None where the tokens are not the reference's, and there is none.
         scores: reward and judge scores by name, higher is better.
         perplexity: of held-out text; None where it was not measured.
+        rlhf_reward: what PPO maximises, the missing-EOS rule and the KL counted in; None where it is not known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class PolicySamples:
     kl: list[float] | None
     scores: dict[str, list[float]]
     perplexity: float | None = None
+    rlhf_reward: list[float] | None = None
 
 
 def compare(samples: Sequence[PolicySamples], *, num_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -48,12 +50,12 @@ def compare(samples: Sequence[PolicySamples], *, num_resamples: int = 2000, seed
     Metric keys, with `<p>` a policy, `<first>` the first one and `<s>` a score; each mean, rate, delta and strength has
     its 95 % limits beside it under the same key with `_low` and `_high` appended:
 
-    - `<p>/<s>_mean`, `<p>/kl_mean` (nats per response), `<p>/length_mean` (tokens), `<p>/eos_rate`, `<p>/refusal_rate`
-      (fractions), and without limits `<p>/distinct_2`, `<p>/self_bleu`, `<p>/repetition_4` (fractions),
-      `<p>/perplexity` (of held-out text);
+    - `<p>/<s>_mean`, `<p>/rlhf_reward_mean` (where known), `<p>/kl_mean` (nats per response), `<p>/length_mean`
+      (tokens), `<p>/eos_rate`, `<p>/refusal_rate` (fractions), and without limits `<p>/distinct_2`, `<p>/self_bleu`,
+      `<p>/repetition_4` (fractions), `<p>/perplexity` (of held-out text);
     - `<p>_vs_<first>/win_rate_<s>` (ties one half), `.../lc_win_rate_<s>` (at equal length), `.../<s>_delta`,
-      `.../kl_delta`, `.../length_delta`, `.../eos_rate_delta`, `.../refusal_rate_delta` (paired by prompt), and
-      without limits `.../distinct_2_ratio`, `.../perplexity_ratio`;
+      `.../rlhf_reward_delta`, `.../kl_delta`, `.../length_delta`, `.../eos_rate_delta`, `.../refusal_rate_delta`
+      (paired by prompt), and without limits `.../distinct_2_ratio`, `.../perplexity_ratio`;
     - with more than two policies `<p>/strength_<s>`: Bradley-Terry, in logits against the first.
 
     Args:
@@ -133,6 +135,7 @@ def _of_rows(policy: PolicySamples, rows: Sequence[int]) -> PolicySamples:
         lengths=pick(policy.lengths),
         has_eos=pick(policy.has_eos),
         kl=None if policy.kl is None else pick(policy.kl),
+        rlhf_reward=None if policy.rlhf_reward is None else pick(policy.rlhf_reward),
         scores={name: pick(values) for name, values in policy.scores.items()},
     )
 
@@ -177,7 +180,7 @@ def _measures(policy: PolicySamples) -> dict[str, NDArray[np.float64]]:
     """Per-response values [N] of everything that is averaged."""
     refusals = [is_refusal(response) for response in policy.responses]
     rates = {"eos_rate": policy.has_eos, "refusal_rate": refusals}
-    columns = {**policy.scores, "kl": policy.kl, "length": policy.lengths, **rates}
+    columns = {**policy.scores, "rlhf_reward": policy.rlhf_reward, "kl": policy.kl, "length": policy.lengths, **rates}
     return {name: np.asarray(values, dtype=np.float64) for name, values in columns.items() if values is not None}
 
 
@@ -204,7 +207,7 @@ def _check(samples: Sequence[PolicySamples]) -> None:
             raise UserError(f"{where}: the name becomes part of metric keys; use one word without a slash")
         if not policy.prompts:
             raise UserError(f"{where}: has 0 responses; sample at least one")
-        reserved = {"kl", "length", "eos_rate", "refusal_rate"} & set(policy.scores)
+        reserved = {"rlhf_reward", "kl", "length", "eos_rate", "refusal_rate"} & set(policy.scores)
         if reserved:
             raise UserError(f"{where}: a score is named {min(reserved)!r}, which is a measure of its own; rename it")
         _check_lists(policy, where)
@@ -223,6 +226,7 @@ def _check_lists(policy: PolicySamples, where: str) -> None:
         "lengths": policy.lengths,
         "has_eos": policy.has_eos,
         **({} if policy.kl is None else {"kl": policy.kl}),
+        **({} if policy.rlhf_reward is None else {"rlhf_reward": policy.rlhf_reward}),
         **{f"scores[{name!r}]": values for name, values in policy.scores.items()},
     }
     for name, values in lists.items():

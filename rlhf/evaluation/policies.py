@@ -21,7 +21,7 @@ from rlhf.evaluation.frontier import best_of_n_kl
 from rlhf.evaluation.judges import SentimentJudge, vader_judge
 from rlhf.functions import TextFunction, call_text_function, load_function
 from rlhf.models import compute_dtype, load_model, load_tokenizer, tokenizer_identity
-from rlhf.ppo.rewards import aggregate
+from rlhf.ppo.rewards import aggregate, shape_scores
 from rlhf.recipe import JudgeSource, PolicySource, Recipe, source_names, unique
 from rlhf.reward.baselines import TfidfScorer, fit_tfidf
 from rlhf.sampling import Samples, perplexity, response_logprob_sums, sample_responses, score_sequences
@@ -239,6 +239,24 @@ class Scores:
         how, uncertainty_coef = self.config.reward_aggregation, self.config.uncertainty_coef
         return aggregate(columns, list(weights.values()), how, uncertainty_coef).tolist()
 
+    def paid(self, scores: Mapping[str, Sequence[float]], samples: Samples) -> list[float]:
+        """[B] `trained`, clipped and with PPO's missing-EOS rule: what a response is worth to PPO before its KL."""
+        rule = self.config.score_clip, self.config.missing_eos_penalty, self.config.missing_eos_mode
+        values = torch.tensor(self.trained(scores), dtype=torch.float64)
+        return shape_scores(values, torch.tensor(samples.has_eos), None, *rule).tolist()
+
+    def rlhf_reward(
+        self, scores: Mapping[str, Sequence[float]], samples: Samples, kl: Sequence[float] | None
+    ) -> list[float] | None:
+        """[B] what PPO maximises: `paid`, less `kl_coef` times the KL.
+
+        None without a KL, or where PPO's numbers moved as it went (`kl_target`, `normalize_scores`).
+        """
+        if kl is None or self.config.kl_target is not None or self.config.normalize_scores:
+            return None
+        paid = self.paid(scores, samples)
+        return [score - self.config.kl_coef * nats for score, nats in zip(paid, kl, strict=True)]
+
     @property
     def unseen(self) -> list[str]:
         """Names of the scores that PPO did not maximise."""
@@ -311,7 +329,7 @@ def evaluate_policy(sampler: Sampler, scores: Scores, source: PolicySource) -> t
         if sampler.held_out is not None and source.best_of == 1:
             surprise = perplexity(model, sampler.held_out, renderer.tokenizer.pad_token_id)
     texts = samples.prompts, samples.responses, samples.lengths, samples.has_eos
-    return PolicySamples(source.label, *texts, kl, values, surprise), samples
+    return PolicySamples(source.label, *texts, kl, values, surprise, scores.rlhf_reward(values, samples, kl)), samples
 
 
 def held_out_texts(ctx: StageContext, renderer: Renderer) -> Samples | None:
@@ -332,10 +350,10 @@ def held_out_texts(ctx: StageContext, renderer: Renderer) -> Samples | None:
 def best_of(
     sampler: Sampler, scores: Scores, model: PreTrainedModel, renderer: Renderer, n: int
 ) -> tuple[Samples, dict[str, list[float]]]:
-    """For each prompt the one of `n` responses that PPO's reward likes best (the first of equals), and its scores."""
+    """For each prompt the one of `n` responses that PPO would pay most for (the first of equals), and its scores."""
     draws = [sampler.draw(model, renderer, number) for number in range(n)]
     scored = [scores(samples) for samples in draws]
-    liked = [scores.trained(values) for values in scored]
+    liked = [scores.paid(values, samples) for values, samples in zip(scored, draws, strict=True)]
     best = [max(range(n), key=lambda draw: liked[draw][row]) for row in range(len(sampler.prompts))]
     lists = {
         field.name: [getattr(draws[draw], field.name)[row] for row, draw in enumerate(best)]

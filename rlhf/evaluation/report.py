@@ -237,7 +237,8 @@ def _drawn(curve: Mapping[str, Any]) -> str:
         return f"One response of the SFT model and of each PPO policy to each of {curve['prompts']} prompts."
     return (
         f"{curve['samples']} samples of the SFT model to each of {curve['prompts']} prompts, of which best-of-n keeps "
-        f"the one with most {curve['trained']}; one response of each PPO policy to the same prompts."
+        f"the one with most {curve['trained']}, a missing EOS counted as PPO does; one response of each PPO policy to "
+        "the same prompts."
     )
 
 
@@ -294,6 +295,7 @@ def _table_measures(scores: Sequence[str]) -> list[tuple[str, str, str, int]]:
     rows = [(f"{score}, mean", f"{score}_mean", f"{score}_delta", 3) for score in scores]
     return [
         *rows,
+        ("rlhf_reward, what PPO maximises", "rlhf_reward_mean", "rlhf_reward_delta", 3),
         ("KL to reference, nats per response", "kl_mean", "kl_delta", 2),
         ("length, tokens", "length_mean", "length_delta", 1),
         ("EOS rate", "eos_rate", "eos_rate_delta", 3),

@@ -163,7 +163,8 @@ def reward_against_kl(ctx: StageContext, sampler: Sampler, scores: Scores) -> di
     kl = np.array([part.kl(part.reference, samples) for samples in drawn]).T
     prompts = drawn[0].prompts
     options = {"num_resamples": section.bootstrap, "seed": ctx.seed, "clusters": prompts}
-    rows = frontier.frontier(columns[scores.maximised], columns, kl, **options)
+    paid = np.array([scores.paid(draw, samples) for draw, samples in zip(draws, drawn, strict=True)]).T
+    rows = frontier.frontier(paid, columns, kl, **options)
     curve: dict[str, Any] = {
         "prompts": len(part.prompts), "samples": section.best_of_n, "scores": list(columns),
         "trained": scores.maximised, "unseen": scores.unseen, "best_of_n": rows, "steps": [], "published": None,
@@ -248,7 +249,8 @@ def _data(recipe: Recipe) -> list[str]:
 
 def _also(recipe: Recipe) -> dict[str, Any]:
     keys = {"max_prompt_length", "response_length", "temperature", "top_p", "stop_strings", "rewards"}
-    keys |= {"keep_policies_every", "reward_aggregation", "uncertainty_coef"}
+    keys |= {"keep_policies_every", "reward_aggregation", "uncertainty_coef", "score_clip", "normalize_scores"}
+    keys |= {"missing_eos_penalty", "missing_eos_mode", "kl_coef", "kl_target"}
     functions = [source.function for source in (*recipe.ppo.rewards, *recipe.evaluate.judges)]
     folders = [Path(policy.model) for policy in recipe.evaluate.policies if policy.model]
     weights = {
@@ -260,5 +262,5 @@ def _also(recipe: Recipe) -> dict[str, Any]:
 
 
 STAGE = Stage(
-    "evaluate", 3, inputs=named_artifacts, data=_data, check=check, build=build, also=_also, found=idle_rewards
+    "evaluate", 4, inputs=named_artifacts, data=_data, check=check, build=build, also=_also, found=idle_rewards
 )

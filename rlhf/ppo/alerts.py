@@ -15,6 +15,7 @@ from rlhf.recipe import PPOSection
 logger = logging.getLogger(__name__)
 
 STEPS = 5  # of the running mean
+ENDS = 0.7  # share of the first responses that should end by themselves
 NAMES = ("kl", "eos_rate", "entropy", "length", "repetition", "refusals", "judge")
 CAUSES = {
     "kl": "the policy runs away from the SFT model: raise ppo.kl_coef, set ppo.kl_target, or lower ppo.learning_rate",
@@ -55,6 +56,18 @@ def signs_of(row: dict[str, float], judges: dict[str, tuple[float, float]]) -> d
     return {name: value for name, value in signs.items() if math.isfinite(value)}
 
 
+def warn_cut(eos_rate: float, length: int) -> None:
+    """Say so where many responses of the SFT model are cut: PPO is paid for ending them, whatever the reward says."""
+    if eos_rate < ENDS:
+        logger.warning(
+            "only %.0f %% of the SFT model's responses to ppo.data end within ppo.response_length %d: with the "
+            "missing-EOS rule PPO gains most by ending sooner, whatever the reward is worth: raise the length, or "
+            "train SFT on shorter answers to such prompts",
+            100 * eos_rate,
+            length,
+        )
+
+
 class Alerts:
     """Watches the rows of a run.
 
@@ -65,12 +78,15 @@ class Alerts:
     def __init__(self, config: PPOSection) -> None:
         self.limits = config.alerts
         self.max_kl = config.alerts.kl if config.alerts.kl is not None else config.max_kl
+        self.penalised, self.length = config.missing_eos_penalty is not None, config.response_length
         self.first: dict[str, float] = {}
         self.mean: dict[str, float] = {}
         self.begun: dict[str, int] = {}  # the step at which each kind first fired
 
     def check(self, row: dict[str, float], judges: dict[str, tuple[float, float]]) -> dict[str, float]:
         """Take in a row; returns `alerts/*`, 1 = fires. Each kind is logged when it begins, once in a run."""
+        if not self.first and self.penalised:
+            warn_cut(row["rollout/eos_rate"], self.length)
         for name, value in signs_of(row, judges).items():
             self.first.setdefault(name, value)
             mean = self.mean.setdefault(name, value)

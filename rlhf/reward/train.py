@@ -37,6 +37,7 @@ from rlhf.models import (
     position_limit,
     tokenizer_identity,
 )
+from rlhf.ppo.alerts import warn_cut
 from rlhf.ppo.packing import Sizes
 from rlhf.recipe import Recipe
 from rlhf.reward import report
@@ -316,6 +317,8 @@ def statistics(ctx: StageContext, renderer: Renderer, prompts: list) -> dict[str
     recipe = ctx.recipe
     name, split = statistics_source(recipe)
     samples = sample_published(ctx, renderer, prompts, ctx.inputs["sft"].model_dir, statistics_budget(ctx).response)
+    if recipe.ppo is not None and recipe.ppo.missing_eos_penalty is not None:
+        warn_cut(samples.eos_rate, recipe.ppo.response_length)
     ids = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
     model = load_model(ctx.dir / "model", "score").to(PartialState().device).eval()
     scores = check_finite(score_sequences(model, ids, renderer.tokenizer.pad_token_id), "responses of the SFT model")
@@ -323,6 +326,7 @@ def statistics(ctx: StageContext, renderer: Renderer, prompts: list) -> dict[str
         "mean": float(scores.mean()),
         "std": float(max(scores.std(), 1e-6)),
         "samples": len(ids),
+        "eos_rate": samples.eos_rate,
         "data": name,
         "split": split,
         **{key: getattr(recipe.ppo, key) for key in SAMPLED_WITH if recipe.ppo},

@@ -133,6 +133,7 @@ def test_reward_statistics_say_what_they_were_measured_on(ci_run):
     statistics, ppo = Artifact.load(ci_run / "reward").manifest["reward_statistics"], load_recipe("ci").ppo
     for key in ("data", "split", "temperature", "top_p", "response_length", "max_prompt_length", "stop_strings"):
         assert statistics[key] == getattr(ppo, key)
+    assert 0 < statistics["eos_rate"] <= 1
 
 
 def test_policy_loads_plainly_and_gives_the_kl_of_the_run(ci_run):

@@ -144,6 +144,19 @@ def test_a_resumed_run_goes_on_and_says_nothing_twice(caplog):
     assert caplog.text.count("alerts/eos_rate") == 1
 
 
+def test_responses_that_are_cut_before_the_first_update_are_said_once(caplog):
+    cut = HEALTHY | {"rollout/eos_rate": 0.48, "ppo_step": 1}
+    first = Alerts(config(response_length=192))
+    first.check(cut, {})
+    assert "only 48 % of the SFT model's responses to ppo.data end within ppo.response_length 192" in caplog.text
+    again = Alerts(config())
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for alerts in (first, again, Alerts(config(missing_eos_penalty=None))):
+        alerts.check(cut | {"ppo_step": 2}, {})
+    Alerts(config()).check(HEALTHY | {"rollout/eos_rate": 0.7, "ppo_step": 1}, {})
+    assert caplog.text.count("SFT model's responses") == 1
+
+
 def test_every_alert_has_a_threshold_a_metric_and_a_cause():
     fields = set(AlertsSection.model_fields) - {"stop"}
     assert fields == set(NAMES) == {key.removeprefix("alerts/") for key in PPO if key.startswith("alerts/")}

@@ -61,6 +61,21 @@ def test_typed_metrics():
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
+def test_what_ppo_maximises_is_compared_where_it_is_known():
+    sft = dataclasses.replace(SFT, rlhf_reward=[0.0, 1.0, -2.0, 3.0])
+    ppo = dataclasses.replace(PPO, rlhf_reward=[0.5, 1.0, 1.5, 2.0])
+    result = compare([sft, ppo])
+    assert result["metrics"]["sft/rlhf_reward_mean"] == 0.5 and result["metrics"]["ppo/rlhf_reward_mean"] == 1.25
+    assert result["metrics"]["ppo_vs_sft/rlhf_reward_delta"] == 0.75
+    (row,) = [row for row in report.comparison_rows(result) if row[0].startswith("rlhf_reward")]
+    assert [cell.split()[0] for cell in row[1:]] == ["0.500", "1.250", "+0.750"]
+    unknown = compare([sft, PPO])  # of a model with other tokens
+    assert "ppo_vs_sft/rlhf_reward_delta" not in unknown["metrics"]
+    assert not any(row[0].startswith("rlhf_reward") for row in report.comparison_rows(compare([SFT, PPO])))
+    with pytest.raises(UserError, match="rlhf_reward has 1 entries for 4 prompts"):
+        compare([sft, dataclasses.replace(PPO, rlhf_reward=[1.0])])
+
+
 def test_parts_of_a_mixture_are_compared_each_alone():
     refusing = dataclasses.replace(PPO, responses=["a b", "I'm sorry, but I can't help.", "I cannot help you.", "a c"])
     parts = compare_parts([SFT, refusing], ["help", "harm", "help", "help"])

@@ -13,10 +13,11 @@ from pydantic import ValidationError
 
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
-from rlhf.evaluation.policies import Scores, load_judge, sampling_settings
+from rlhf.evaluation.policies import Scores, best_of, load_judge, sampling_settings
 from rlhf.evaluation.stage import STAGE
 from rlhf.models import load_model
 from rlhf.recipe import EvaluateSection, JudgeSource, PolicySource, Recipe
+from rlhf.sampling import Samples
 from rlhf.stage import run_stage
 from tests.builders import build_model, build_reward_artifact, build_sft_artifact, build_tokenizer, toy_recipe
 from tests.ppo_toys import build_artifacts, lively, rows_of, toy_context, trainer_of
@@ -193,6 +194,40 @@ def test_what_ppo_maximised_is_made_of_its_sources_as_in_ppo(tmp_path):
     assert scores.maximised == "combined"
     # Mean minus twice the std; of two that is half their distance.
     assert scores.trained({"share_of_e": [1.0, 2.0], "length_in_words": [3.0, 2.0]}) == [0.0, 2.0]
+
+
+CUT = Samples(["p", "q"], [[1], [1]], ["e", "e"], [[2], [2]], has_eos=[True, False])
+
+
+@pytest.mark.parametrize(
+    ("changes", "paid", "rlhf_reward"),
+    [
+        ({}, [3.0, -1.0], [2.8, -1.0]),  # the defaults: replace by -1, kl_coef 0.05
+        ({"missing_eos_penalty": None}, [3.0, 5.0], [2.8, 5.0]),
+        ({"missing_eos_mode": "subtract", "missing_eos_penalty": 2.0, "kl_coef": 0.5}, [3.0, 3.0], [1.0, 3.0]),
+        ({"score_clip": 2.0, "missing_eos_penalty": 4.0}, [2.0, -4.0], [1.8, -4.0]),
+        ({"kl_target": 6.0}, [3.0, -1.0], None),
+        ({"normalize_scores": True}, [3.0, -1.0], None),
+    ],
+)
+def test_what_a_response_is_worth_to_ppo(tmp_path, changes, paid, rlhf_reward):
+    ppo = {"rewards": [{"function": "tests.ppo_toys:share_of_e"}], "kl_coef": 0.05, "missing_eos_penalty": 1.0}
+    recipe = Recipe.model_validate(toy_recipe(tmp_path, evaluate={}, ppo=ppo | changes))
+    scores, values = Scores(SimpleNamespace(recipe=recipe, inputs={}), {}, pad_id=0), {"share_of_e": [3.0, 5.0]}
+    assert scores.paid(values, CUT) == paid
+    assert scores.rlhf_reward(values, CUT, [4.0, 0.0]) == pytest.approx(rlhf_reward)
+    assert scores.rlhf_reward(values, CUT, None) is None  # of a model with other tokens
+
+
+def test_best_of_n_takes_a_response_that_ends_before_one_that_pays_more_and_is_cut(tmp_path):
+    ppo = {"rewards": [{"function": "tests.ppo_toys:share_of_e"}], "missing_eos_penalty": 1.0}
+    recipe = Recipe.model_validate(toy_recipe(tmp_path, evaluate={}, ppo=ppo))
+    scores = Scores(SimpleNamespace(recipe=recipe, inputs={}), {}, pad_id=0)
+    ends = Samples(["p"], [[1]], ["eel"], [[2, 3]], [True], [-1.0])
+    cut = Samples(["p"], [[1]], ["eee"], [[2, 2]], [False], [-1.0])
+    sampler = SimpleNamespace(prompts=["p"], draw=lambda model, renderer, number: (cut, ends)[number])
+    samples, values = best_of(sampler, scores, None, None, 2)
+    assert samples == ends and values == {"share_of_e": [pytest.approx(2 / 3)]}
 
 
 def test_sources_of_one_name_stay_two_with_the_names_of_ppo(tmp_path):
