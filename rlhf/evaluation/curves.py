@@ -401,9 +401,10 @@ def _panel(
         axes.set_xticks([])
         axes.set_yticks([])
         return
-    most = max(table[key].count() for key, _, _ in present)
     for key, label, colour in present:
         rows = table[[x, key]].dropna()
+        reached = table[table[x] <= rows[x].max()]  # a shorter run is not sparse
+        most = max(reached[other].count() for other, _, _ in present)
         _curve(axes, rows[x], rows[key], label, colour, sparse=2 * len(rows) <= most)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)

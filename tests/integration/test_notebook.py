@@ -197,6 +197,20 @@ def test_curves_of_several_runs_share_their_panels(tmp_path):
     assert not panels["EOS rate"].lines  # these runs did not log it
 
 
+def test_a_run_of_half_the_length_is_no_evaluation():
+    def run(name, steps, held_out):
+        rows = [{"ppo_step": step, "objective/scores": float(step)} for step in range(1, steps + 1)]
+        for step in held_out:
+            rows[step - 1]["eval/scores"] = float(step)
+        return SimpleNamespace(name=name, metrics=lambda stage: pd.DataFrame(rows))
+
+    figure = curves.plot_runs([run("long", 120, [50, 100, 120]), run("short", 60, [20, 60])])
+    (panel,) = [axes for axes in figure.axes if axes.get_title() == "Reward score"]
+    drawn = {line.get_label(): line.get_marker() for line in panel.lines if line.get_label() in ("long", "short")}
+    assert set(drawn) == {"long", "short"} and "D" not in drawn.values()  # diamonds are held-out prompts
+    assert [len(line.get_xdata()) for line in panel.lines if line.get_marker() == "D"] == [3, 2]
+
+
 @pytest.mark.parametrize(
     ("path", "drawn"),
     [(NOTEBOOK, (*FIGURES, "headline")), (REWARD_NOTEBOOK, REWARD_FIGURES), (COMPARE_NOTEBOOK, ("curves",))],
