@@ -104,9 +104,11 @@ class Evaluation:
         samples = sample_responses(model, self.renderer, self.prompts, ppo.response_length, ppo.temperature, seed=0)
         own = response_logprob_sums(model, samples, ppo.temperature, pad)
         reference = response_logprob_sums(self.reference, samples, ppo.temperature, pad)
-        result = {name: mean(values) for name, values in self.scores(samples).items()}
-        result["kl"] = mean(a - b for a, b in zip(own, reference, strict=True))
-        result["objective"] = result[self.scores.maximised] - ppo.kl_coef * result["kl"]
+        kl = [a - b for a, b in zip(own, reference, strict=True)]
+        scores = self.scores(samples)
+        result = {name: mean(values) for name, values in scores.items()} | {"kl": mean(kl)}
+        if (objective := self.scores.rlhf_reward(scores, samples, kl)) is not None:
+            result["objective"] = mean(objective)  # the missing-EOS rule counted in
         return result | {"length": mean(samples.lengths), "eos_rate": samples.eos_rate}
 
 
@@ -194,7 +196,7 @@ def report(results: list[dict[str, Any]]) -> str:
         lines += curve_lines(row, measures)
     for measure in scores:
         lines += equal_kl_lines(at_equal_kl(results, measure), measure)
-    for measure in scores:
+    for measure in [*scores, *(name for name in measures if name == "objective")]:
         for row in seconds_to_reach(results, measure):
             times = f"TRL {row['trl']:.0f} s, ours "
             share = row["ours"] / row["trl"]
