@@ -46,6 +46,7 @@ from rlhf.stage import StageContext, git_commit, load_inputs, package_versions
 
 HERE = Path(__file__).resolve().parent
 MATCHED = ["ppo.missing_eos_mode=subtract", "ppo.best_metric=null", "ppo.eval_every=null"]
+MATCHED += ["ppo.critic_learning_rate=null"]  # TRL has one rate
 # Nothing of the run's own ppo stage is asked for.
 POLICIES = "evaluate.policies=[{artifact: sft}, {artifact: sft, best_of: 2}]"
 NO_SCORES = ("step", "seconds", "kl", "objective", "length", "eos_rate")

@@ -87,7 +87,7 @@ TRAINER = {
 EVALUATE = {
     "<policy>/<score>_mean": "Mean of a reward or judge score over held-out responses.",
     "<policy>/rlhf_reward_mean": "What PPO maximises: its score, clipped and with the missing-EOS rule, less kl_coef "
-    "times the KL. Not there with kl_target or normalize_scores, whose numbers move.",
+    "times the KL. Not there with kl_target or normalize_scores, whose numbers move, nor where sampled otherwise.",
     "<policy>/kl_mean": "KL to the reference in nats per response; 0 for the reference itself, "
     "unless it was sampled with top-p or a repetition penalty.",
     "<policy>/length_mean": "Tokens per response, EOS included.",

@@ -526,7 +526,7 @@ class PolicySource(Section):
     )
     model: str | None = Field(None, description="Hub id, or a local folder, of any causal language model.")
     revision: str | None = Field(None, description="Hub revision of `model`.")
-    best_of: int = Field(1, ge=1, description="Sample so many responses and keep the one that ppo.rewards like best.")
+    best_of: int = Field(1, ge=1, description="Sample so many responses and keep the one that PPO would pay most for.")
     name: str | None = Field(
         None, pattern=r"^[^\s/]+$", description="One word, in tables and metric keys; null = made from the rest."
     )

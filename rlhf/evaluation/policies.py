@@ -204,6 +204,8 @@ class Scores:
     def __init__(self, ctx: StageContext, columns: Mapping[str, list], pad_id: int) -> None:
         self.columns, self.pad_id = columns, pad_id
         self.config = ctx.recipe.ppo
+        settings = sampling_settings(ctx.recipe)
+        self.as_in_ppo = not has_knobs(settings) and settings["temperature"] == self.config.temperature
         self.weights: dict[str, float] = {}
         self.sources: dict[str, Callable[[Samples], list[float]]] = {}
         for name, source in zip(source_names(self.config.rewards), self.config.rewards, strict=True):
@@ -240,22 +242,31 @@ class Scores:
         return aggregate(columns, list(weights.values()), how, uncertainty_coef).tolist()
 
     def paid(self, scores: Mapping[str, Sequence[float]], samples: Samples) -> list[float]:
-        """[B] `trained`, clipped and with PPO's missing-EOS rule: what a response is worth to PPO before its KL."""
-        rule = self.config.score_clip, self.config.missing_eos_penalty, self.config.missing_eos_mode
-        values = torch.tensor(self.trained(scores), dtype=torch.float64)
-        return shape_scores(values, torch.tensor(samples.has_eos), None, *rule).tolist()
+        """[B] `trained`, clipped and with PPO's missing-EOS rule: what a response is worth to PPO before its KL.
+
+        With `normalize_scores` just `trained`: clip and penalty are of scores divided by a std that moved.
+        """
+        trained, config = self.trained(scores), self.config
+        if config.normalize_scores:
+            return trained
+        rule = config.score_clip, config.missing_eos_penalty, config.missing_eos_mode
+        return shape_scores(
+            torch.tensor(trained, dtype=torch.float64), torch.tensor(samples.has_eos), None, *rule
+        ).tolist()
 
     def rlhf_reward(
         self, scores: Mapping[str, Sequence[float]], samples: Samples, kl: Sequence[float] | None
     ) -> list[float] | None:
         """[B] what PPO maximises: `paid`, less `kl_coef` times the KL.
 
-        None without a KL, or where PPO's numbers moved as it went (`kl_target`, `normalize_scores`).
+        None without a KL, where PPO's numbers moved as it went (`kl_target`, `normalize_scores`), and where responses
+        are not sampled as PPO does, whose KL is another.
         """
-        if kl is None or self.config.kl_target is not None or self.config.normalize_scores:
+        config = self.config
+        if kl is None or not self.as_in_ppo or config.kl_target is not None or config.normalize_scores:
             return None
         paid = self.paid(scores, samples)
-        return [score - self.config.kl_coef * nats for score, nats in zip(paid, kl, strict=True)]
+        return [score - config.kl_coef * nats for score, nats in zip(paid, kl, strict=True)]
 
     @property
     def unseen(self) -> list[str]:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from rlhf.artifacts import Artifact
 from rlhf.errors import UserError
+from rlhf.evaluation import frontier
 from rlhf.evaluation.policies import Scores, best_of, load_judge, sampling_settings
 from rlhf.evaluation.stage import STAGE
 from rlhf.models import load_model
@@ -207,7 +208,7 @@ CUT = Samples(["p", "q"], [[1], [1]], ["e", "e"], [[2], [2]], has_eos=[True, Fal
         ({"missing_eos_mode": "subtract", "missing_eos_penalty": 2.0, "kl_coef": 0.5}, [3.0, 3.0], [1.0, 3.0]),
         ({"score_clip": 2.0, "missing_eos_penalty": 4.0}, [2.0, -4.0], [1.8, -4.0]),
         ({"kl_target": 6.0}, [3.0, -1.0], None),
-        ({"normalize_scores": True}, [3.0, -1.0], None),
+        ({"normalize_scores": True, "score_clip": 0.5}, [3.0, 5.0], None),  # their std is not known here
     ],
 )
 def test_what_a_response_is_worth_to_ppo(tmp_path, changes, paid, rlhf_reward):
@@ -217,6 +218,50 @@ def test_what_a_response_is_worth_to_ppo(tmp_path, changes, paid, rlhf_reward):
     assert scores.paid(values, CUT) == paid
     assert scores.rlhf_reward(values, CUT, [4.0, 0.0]) == pytest.approx(rlhf_reward)
     assert scores.rlhf_reward(values, CUT, None) is None  # of a model with other tokens
+
+
+@pytest.mark.parametrize(
+    ("section", "known"),
+    [({}, True), ({"temperature": 0.5}, False), ({"top_p": 0.9}, False), ({"repetition_penalty": 1.2}, False)],
+)
+def test_what_ppo_maximises_is_not_known_of_responses_sampled_otherwise(tmp_path, section, known):
+    ppo = {"rewards": [{"function": "tests.ppo_toys:share_of_e"}]}
+    recipe = Recipe.model_validate(toy_recipe(tmp_path, evaluate=section, ppo=ppo))
+    scores = Scores(SimpleNamespace(recipe=recipe, inputs={}), {}, pad_id=0)
+    assert (scores.rlhf_reward({"share_of_e": [3.0, 5.0]}, CUT, [0.0, 0.0]) is not None) == known
+
+
+def test_reward_against_kl_ranks_cut_responses_as_ppo_does(root, monkeypatch):
+    seen = []
+
+    def spy(trained, columns, *args, **kwargs):
+        seen.append((trained, columns["reward"]))
+        return frontier.frontier(trained, columns, *args, **kwargs)
+
+    monkeypatch.setattr("rlhf.evaluation.stage.frontier", SimpleNamespace(**vars(frontier) | {"frontier": spy}))
+    recipe = toy_recipe(root, evaluate={"best_of_n": 4}, ppo={"missing_eos_penalty": 9.0, "response_length": 3})
+    recipe["evaluate"]["policies"] = [{"artifact": "sft"}, {"artifact": "sft", "best_of": 2}]
+    run_stage(STAGE, Recipe.model_validate(recipe), root, "toy", force=True)
+    ((chosen_by, raw),) = seen
+    cut = chosen_by == -9.0
+    assert cut.sum() > 0 and (raw[cut] > -9.0).all() and (chosen_by[~cut] == raw[~cut]).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"missing_eos_penalty": 3.0},
+        {"missing_eos_mode": "subtract"},
+        {"score_clip": 1.0},
+        {"normalize_scores": True},
+        {"kl_coef": 0.5},
+        {"kl_target": 5.0},
+    ],
+)
+def test_an_evaluation_is_made_again_where_ppo_pays_otherwise(tmp_path, changes):
+    plain, other = (Recipe.model_validate(toy_recipe(tmp_path, evaluate={}, ppo=ppo)) for ppo in ({}, changes))
+    assert STAGE.also(plain) == STAGE.also(Recipe.model_validate(toy_recipe(tmp_path, evaluate={})))
+    assert STAGE.also(plain) != STAGE.also(other)
 
 
 def test_best_of_n_takes_a_response_that_ends_before_one_that_pays_more_and_is_cut(tmp_path):

@@ -245,14 +245,18 @@ def test_a_set_from_elsewhere_whose_scores_are_nan_is_not_left_out(subject, monk
         reward_report._other_set(ctx, subject.model, other)
 
 
-def test_reward_statistics_are_numbers(monkeypatch):
-    samples = SimpleNamespace(prompt_ids=[[1], [1]], response_ids=[[2], [3]], lengths=[1, 1])
+def test_reward_statistics_are_numbers_and_say_what_was_cut(monkeypatch, caplog):
+    samples = SimpleNamespace(prompt_ids=[[1], [1]], response_ids=[[2], [3]], lengths=[1, 1], eos_rate=0.5)
     for name, value in {"sample_published": samples, "position_limit": None, "load_model": Mock()}.items():
         monkeypatch.setattr(f"rlhf.reward.train.{name}", lambda *args, value=value: value)
     monkeypatch.setattr("rlhf.reward.train.score_sequences", lambda *args: [1.0, math.nan])
     ctx = SimpleNamespace(recipe=load_recipe("tiny"), rows=Mock(), inputs={"sft": Mock()}, dir=Path(), seed=0)
     with pytest.raises(UserError, match="1 of 2 responses of the SFT model have no finite score"):
         statistics(ctx, Mock(), ["p", "q"])
+    assert "only 50 % of the SFT model's responses to ppo.data end within ppo.response_length" in caplog.text
+    ctx.recipe = load_recipe("tiny", ["ppo.missing_eos_penalty=null"])
+    monkeypatch.setattr("rlhf.reward.train.score_sequences", lambda *args: np.array([1.0, 2.0]))
+    assert statistics(ctx, Mock(), ["p", "q"])["eos_rate"] == 0.5 and caplog.text.count("only 50 %") == 1
 
 
 def test_the_margin_is_that_of_all_pairs(subject, monkeypatch):
