@@ -225,6 +225,9 @@ class RewardSection(Section):
         le=1,
         description="Share of pairs repeated with the better answer to another prompt as the worse. RRM.",
     )
+    truncated: float = Field(
+        0.0, ge=0, le=1, description="Share of pairs repeated with the better answer, cut before its end, as the worse."
+    )
     report: RewardReportSection = RewardReportSection()
     gate: RewardGateSection = RewardGateSection()
     trainer: dict[str, Any] = Field({}, description="Passed to TRL's RewardConfig, checked before anything loads.")

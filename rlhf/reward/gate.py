@@ -160,7 +160,7 @@ def _gains(report: Report, gate: RewardGateSection) -> Iterator[Check]:
             reason += f", allowed {gate.max_edit_gain:+.2f}"
             found, remedy = _at_most(gain, gate.max_edit_gain), EXPLOIT
             if name == "truncation":  # PPO has a rule of its own for answers without EOS
-                found, remedy = _softened(found), "keep ppo.missing_eos_penalty on"
+                found, remedy = _softened(found), "keep ppo.missing_eos_penalty on, set reward.truncated"
             yield _check(name, found, reason, remedy)
 
 

@@ -192,18 +192,44 @@ def mismatched(rows: list[dict], share: float, seed: int) -> list[dict]:
     return made
 
 
+def truncated(pairs: Dataset, share: float, seed: int) -> Dataset:
+    """A share of the pairs once more, with the better answer as the worse one, cut somewhere before its EOS.
+
+    Every answer in preference data ends. What a reward model says of one that does not is left to chance, and where
+    the better answers are the longer ones it is praise: a policy is cut at `ppo.response_length` all the time.
+
+    Args:
+        pairs: as `rendered_pairs` gives them. Answers without a token before the EOS are not taken.
+        share: of them, from 0 to 1.
+        seed: of the choice and of the cuts.
+    """
+    rng = random.Random(seed)
+    ends = [len(ids) - 1 for ids in pairs["chosen_ids"]]  # where the EOS is
+    long = [row for row, (end, start) in enumerate(zip(ends, pairs["prompt_length"], strict=True)) if end > start]
+    picked = rng.sample(long, min(round(share * len(pairs)), len(long)))
+    made = []
+    for number in picked:
+        row = pairs[number]
+        cut = rng.randint(row["prompt_length"] + 1, ends[number])  # one token at least, all but the EOS at most
+        made.append(row | {"rejected_ids": row["chosen_ids"][:cut]})
+    columns = {name: [row[name] for row in made] for name in pairs.column_names}
+    return Dataset.from_dict(columns, features=pairs.features)
+
+
 def load_pairs(ctx: StageContext, renderer: Renderer) -> tuple[tuple[Dataset, list[dict]], tuple[Dataset, list[dict]]]:
     """The training pairs and the held-out ones, as `rendered_pairs` gives them.
 
-    `reward.mismatched` adds to what is trained on, not to the rows: baselines are fitted on the labels alone.
+    `reward.mismatched` and `reward.truncated` add to what is trained on, not to the rows: baselines are fitted on the
+    labels alone.
     """
     section = ctx.recipe.reward
     rows = ctx.rows(section.data, section.split, "preference", limit=section.limit, seed=ctx.seed)
     test = ctx.rows(section.data, section.eval_split, "preference")
     train, kept = rendered_pairs(rows, renderer, section.max_length, "reward", section.margin_scale)
+    added = [truncated(train, section.truncated, ctx.seed)] if section.truncated else []
     if more := mismatched(kept, section.mismatched, ctx.seed):
-        added, _ = rendered_pairs(more, renderer, section.max_length, "reward, mismatched", section.margin_scale)
-        train = concatenate_datasets([train, added])
+        added.append(rendered_pairs(more, renderer, section.max_length, "reward, mismatched", section.margin_scale)[0])
+    train = concatenate_datasets([train, *added]) if added else train
     return (train, kept), rendered_pairs(test, renderer, section.max_length, "reward eval", section.margin_scale)
 
 

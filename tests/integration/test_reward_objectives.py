@@ -98,6 +98,17 @@ def test_a_pair_without_margin_is_refused():
         rendered_pairs(rows, Renderer(build_tokenizer(), chat=False), 64, "reward", margin_scale=1.0)
 
 
+def test_truncated_and_mismatched_pairs_are_trained_on_together(tmp_path, monkeypatch):
+    recipe = build_recipe(tmp_path, reward={"mismatched": 1.0, "truncated": 1.0})
+    ctx = StageContext(STAGE, recipe, tmp_path, "toy", inputs={"sft": build_sft_artifact(tmp_path)})
+    monkeypatch.setattr(StageContext, "rows", lambda *_, **__: ROWS)
+    (train, rows), (test, _) = load_pairs(ctx, Renderer(build_tokenizer(), chat=False))
+    assert len(train) == 9 and rows == ROWS and len(test) == 3
+    for pair in list(train)[3:6]:
+        chosen, cut = pair["chosen_ids"], pair["rejected_ids"]
+        assert pair["prompt_length"] < len(cut) < len(chosen) and cut == chosen[: len(cut)]
+
+
 def test_mismatched_pairs_are_trained_on_and_stay_out_of_the_baselines(tmp_path, monkeypatch):
     recipe = build_recipe(tmp_path, reward={"mismatched": 1.0, "margin_scale": 1.0})
     ctx = StageContext(STAGE, recipe, tmp_path, "toy", inputs={"sft": build_sft_artifact(tmp_path)})

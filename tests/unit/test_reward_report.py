@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from rlhf.artifacts import Artifact
 from rlhf.data import Renderer
@@ -23,7 +24,7 @@ from rlhf.reward.figures import relevance_frame
 from rlhf.reward.learning_curve import learning_curve
 from rlhf.reward.probes import TEXT_EDITS, Subject, edits, paraphrases, relevance, rephrased
 from rlhf.reward.slices import accuracy_table, column_labels, correct, length_label, script, slice_labels, turns
-from rlhf.reward.train import headline, mismatched, statistics
+from rlhf.reward.train import headline, mismatched, statistics, truncated
 from tests import reward_toys
 
 
@@ -268,6 +269,22 @@ def test_the_margin_is_that_of_all_pairs(subject, monkeypatch):
     chosen, rejected = subject.model.scores_of([subject.model.pair(row) for row in rows], "pairs")
     assert len(found["table"]["chosen"]) == 2
     assert headline(found)["margin"] == (chosen - rejected).mean() != (chosen - rejected)[:2].mean()
+
+
+def test_truncated_pairs_have_the_better_answer_without_its_end_as_the_worse():
+    columns = {
+        "chosen_ids": [[1, 2, 10 + n, 20 + n, 3] for n in range(8)] + [[1, 2, 3]],
+        "rejected_ids": [[1, 9, 3]] * 9,
+    }
+    pairs = Dataset.from_dict(columns | {"prompt_length": [2] * 9, "margin": [0.5] * 9})  # the last answer is empty
+    made = truncated(pairs, 1.0, seed=3)
+    assert len(made) == 8 and made.features == pairs.features and set(made["margin"]) == {0.5}
+    assert made[:] == truncated(pairs, 1.0, seed=3)[:] != truncated(pairs, 1.0, seed=4)[:]
+    for row in made:
+        assert row["rejected_ids"] in (row["chosen_ids"][:3], row["chosen_ids"][:4])
+    assert {len(row["rejected_ids"]) for row in made} == {3, 4}
+    few = truncated(pairs, 0.5, seed=3)
+    assert len(few) == 4 and len({tuple(row["chosen_ids"]) for row in few}) == 4 and len(truncated(pairs, 0.0, 3)) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- learning curve
