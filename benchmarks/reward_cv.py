@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import concatenate_datasets
 from trl import RewardConfig, SFTConfig
 
 from benchmarks.start import with_measured
@@ -110,10 +109,7 @@ def train(args: argparse.Namespace, recipe: Recipe, rows: list[Row], root: Path)
     check_position_limit(args.base, recipe.reward.max_length, "max_length")
     tokenizer = load_tokenizer(args.base)
     renderer = Renderer(tokenizer, args.chat)
-    rows_of_pairs = [*rows, *reward.mismatched(rows, recipe.reward.mismatched, args.seed)]
-    pairs, _ = reward.rendered_pairs(rows_of_pairs, renderer, recipe.reward.max_length, "cv")
-    if recipe.reward.truncated:
-        pairs = concatenate_datasets([pairs, reward.truncated(pairs, recipe.reward.truncated, args.seed)])
+    pairs, _ = reward.training_pairs(rows, renderer, recipe.reward, args.seed, "cv")
     options = {"train_sampling_strategy": "group_by_length", "save_strategy": "no", "disable_tqdm": True}
     started, members = time.perf_counter(), []
     base = tuned_base(args, ctx, renderer, rows) if args.sft_epochs else Path(args.base)

@@ -39,7 +39,7 @@ from rlhf.models import (
 )
 from rlhf.ppo.alerts import warn_cut
 from rlhf.ppo.packing import Sizes
-from rlhf.recipe import Recipe
+from rlhf.recipe import Recipe, RewardSection
 from rlhf.reward import report
 from rlhf.reward.batches import EXTRA, PairCollator, pair_lengths
 from rlhf.reward.objective import Objective, frozen_head
@@ -216,21 +216,30 @@ def truncated(pairs: Dataset, share: float, seed: int) -> Dataset:
     return Dataset.from_dict(columns, features=pairs.features)
 
 
-def load_pairs(ctx: StageContext, renderer: Renderer) -> tuple[tuple[Dataset, list[dict]], tuple[Dataset, list[dict]]]:
-    """The training pairs and the held-out ones, as `rendered_pairs` gives them.
+def training_pairs(
+    rows: list[dict], renderer: Renderer, section: RewardSection, seed: int, where: str
+) -> tuple[Dataset, list[dict]]:
+    """What is trained on, and the rows that fitted: those pairs, and what `truncated` and `mismatched` add to them.
 
-    `reward.mismatched` and `reward.truncated` add to what is trained on, not to the rows: baselines are fitted on the
-    labels alone.
+    The rows are without what is added: baselines are fitted on the labels alone.
     """
+    limits = section.max_length, where, section.margin_scale
+    train, kept = rendered_pairs(rows, renderer, *limits)
+    added = [truncated(train, section.truncated, seed)] if section.truncated else []
+    if more := mismatched(kept, section.mismatched, seed):
+        added.append(
+            rendered_pairs(more, renderer, section.max_length, f"{where}, mismatched", section.margin_scale)[0]
+        )
+    return (concatenate_datasets([train, *added]) if added else train), kept
+
+
+def load_pairs(ctx: StageContext, renderer: Renderer) -> tuple[tuple[Dataset, list[dict]], tuple[Dataset, list[dict]]]:
+    """The training pairs, as `training_pairs` gives them, and the held-out ones, as `rendered_pairs` does."""
     section = ctx.recipe.reward
     rows = ctx.rows(section.data, section.split, "preference", limit=section.limit, seed=ctx.seed)
     test = ctx.rows(section.data, section.eval_split, "preference")
-    train, kept = rendered_pairs(rows, renderer, section.max_length, "reward", section.margin_scale)
-    added = [truncated(train, section.truncated, ctx.seed)] if section.truncated else []
-    if more := mismatched(kept, section.mismatched, ctx.seed):
-        added.append(rendered_pairs(more, renderer, section.max_length, "reward, mismatched", section.margin_scale)[0])
-    train = concatenate_datasets([train, *added]) if added else train
-    return (train, kept), rendered_pairs(test, renderer, section.max_length, "reward eval", section.margin_scale)
+    train = training_pairs(rows, renderer, section, ctx.seed, "reward")
+    return train, rendered_pairs(test, renderer, section.max_length, "reward eval", section.margin_scale)
 
 
 def check(ctx: StageContext) -> None:

@@ -98,11 +98,16 @@ def test_a_pair_without_margin_is_refused():
         rendered_pairs(rows, Renderer(build_tokenizer(), chat=False), 64, "reward", margin_scale=1.0)
 
 
-def test_truncated_and_mismatched_pairs_are_trained_on_together(tmp_path, monkeypatch):
-    recipe = build_recipe(tmp_path, reward={"mismatched": 1.0, "truncated": 1.0})
+def loaded(tmp_path, monkeypatch, **section):
+    """`load_pairs` of ROWS, for training and held out, with this reward section."""
+    recipe = build_recipe(tmp_path, reward=section)
     ctx = StageContext(STAGE, recipe, tmp_path, "toy", inputs={"sft": build_sft_artifact(tmp_path)})
     monkeypatch.setattr(StageContext, "rows", lambda *_, **__: ROWS)
-    (train, rows), (test, _) = load_pairs(ctx, Renderer(build_tokenizer(), chat=False))
+    return load_pairs(ctx, Renderer(build_tokenizer(), chat=False))
+
+
+def test_truncated_and_mismatched_pairs_are_trained_on_together(tmp_path, monkeypatch):
+    (train, rows), (test, _) = loaded(tmp_path, monkeypatch, mismatched=1.0, truncated=1.0)
     assert len(train) == 9 and rows == ROWS and len(test) == 3
     for pair in list(train)[3:6]:
         chosen, cut = pair["chosen_ids"], pair["rejected_ids"]
@@ -110,10 +115,7 @@ def test_truncated_and_mismatched_pairs_are_trained_on_together(tmp_path, monkey
 
 
 def test_mismatched_pairs_are_trained_on_and_stay_out_of_the_baselines(tmp_path, monkeypatch):
-    recipe = build_recipe(tmp_path, reward={"mismatched": 1.0, "margin_scale": 1.0})
-    ctx = StageContext(STAGE, recipe, tmp_path, "toy", inputs={"sft": build_sft_artifact(tmp_path)})
-    monkeypatch.setattr(StageContext, "rows", lambda *_, **__: ROWS)
-    (train, rows), (test, _) = load_pairs(ctx, Renderer(build_tokenizer(), chat=False))
+    (train, rows), (test, _) = loaded(tmp_path, monkeypatch, mismatched=1.0, margin_scale=1.0)
     assert len(train) == 6 and rows == ROWS and len(test) == 3
     own = [list(pair["chosen_ids"]) for pair in train]
     assert own[:3] == [list(ids) for ids in test["chosen_ids"]] and sorted(own[3:]) == sorted(own[:3])
