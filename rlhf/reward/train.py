@@ -223,13 +223,11 @@ def training_pairs(
 
     The rows are without what is added: baselines are fitted on the labels alone.
     """
-    limits = section.max_length, where, section.margin_scale
-    train, kept = rendered_pairs(rows, renderer, *limits)
+    length, margin_scale = section.max_length, section.margin_scale
+    train, kept = rendered_pairs(rows, renderer, length, where, margin_scale)
     added = [truncated(train, section.truncated, seed)] if section.truncated else []
     if more := mismatched(kept, section.mismatched, seed):
-        added.append(
-            rendered_pairs(more, renderer, section.max_length, f"{where}, mismatched", section.margin_scale)[0]
-        )
+        added.append(rendered_pairs(more, renderer, length, f"{where}, mismatched", margin_scale)[0])
     return (concatenate_datasets([train, *added]) if added else train), kept
 
 
