@@ -311,16 +311,20 @@ def length_words(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the table of `length_block` says."""
     first, some, much = rows
     half, most = (f"{row['settings']['length_decorrelation']:g}" for row in (some, much))
+    alone = first["baselines"]["length-only"]["value"]
+    shorter = [percent(row["shorter"]["value"]) for row in rows]
     holds(first["gate"]["names"] == ["length"], "the gate fails the model without the option for length")
-    holds(some["gate"]["names"] == ["baselines"], "with some of it the gate fails for baselines alone")
-    holds(some["accuracy"]["value"] < 0.6 < first["accuracy"]["value"], "little is left without length")
-    holds(much["accuracy"]["high"] < 0.5 and much["length"]["model"] < 0.5, "too much of it turns the model round")
+    holds(all("baselines" in row["gate"]["names"] for row in (some, much)), "with it the gate names baselines")
+    holds(some["accuracy"]["high"] < alone, "with some of it the model is worse than counting characters")
+    holds(first["shorter"]["high"] < some["shorter"]["low"], "it is better where the shorter answer is")
+    holds(much["accuracy"]["low"] < some["accuracy"]["value"] < much["accuracy"]["high"], "more of it changes little")
     return (
-        f"Most of what this small model had learned was length; at {half} little is left, and the gate says so: "
-        "counting characters alone (the length-only baseline) is right in\n"
-        f"{percent(first['baselines']['length-only']['value'])}. At {most} it overshoots: the shorter answer wins more "
-        f"often, and {percent(much['accuracy']['value'])} right is below chance. Begin with small values. An option\n"
-        "cannot put into a model what the data and the base do not have."
+        f"Much of what this small model had learned was length. At {half} it is right on {shorter[1]} of the pairs "
+        f"whose better answer is the shorter one, {shorter[0]} before,\n"
+        "and what is left over all is less than counting characters alone (the length-only baseline) has: "
+        f"{percent(alone)}; the gate says so. At {most} it is\n"
+        f"{shorter[2]}, and {percent(much['accuracy']['value'])} over all. An option cannot put into a model what the "
+        "data and the base do not have."
     )
 
 
