@@ -242,7 +242,12 @@ def default_out(name: str) -> Path:
 def published(out: Path) -> bool:
     """Whether a file of figures is one of those that the page has a section for."""
     ours = out.parent == RESULTS and out.name.startswith("real_model_")
-    return ours and f"<!-- measured {out.stem}: begin -->" in PAGE.read_text(encoding="utf-8")
+    return ours and marks(out) in PAGE.read_text(encoding="utf-8")
+
+
+def marks(out: Path) -> str:
+    """Where the page's section of a file of figures begins."""
+    return f"<!-- measured {out.stem}: begin -->"
 
 
 def draw(args: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -277,13 +282,67 @@ def table(report: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+GOAL = (  # of the columns of `overview`
+    "goal | about 8 | - | 0.65, low > 0.60 | 0.65, low > 0.60 | <= 20 | >= 0.95 | within 20 % | - | at least best-of-16"
+)
+
+
+def overview() -> str:
+    """Markdown: a line for each policy that the page has figures of, below what was aimed for."""
+    head = "run | minutes of PPO | GiB at most | wins, held-back | wins, words | KL | EOS rate | tokens | distinct-2"
+    lines = [f"| {head} | held-back reward, PPO and best-of-n |", "| --- " * 10 + "|", f"| {GOAL} |"]
+    page = PAGE.read_text(encoding="utf-8")
+    for path in sorted(filter(published, RESULTS.glob("real_model_*.json")), key=lambda path: page.index(marks(path))):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        lines += [
+            overview_line(run, summary, report["seconds"][f"{run}/ppo"] / 60)
+            for run, summary in report["runs"].items()
+            if "comparison" in summary
+        ]
+    return "\n".join(lines)
+
+
+def overview_line(run: str, summary: dict[str, Any], minutes: float) -> str:
+    """A row of `overview`."""
+    metrics = summary["evaluate"]
+
+    def wins(judge: str) -> str:
+        low, high = (metrics[f"ppo_vs_sft/win_rate_{judge}_{end}"] for end in ("low", "high"))
+        return f"{metrics[f'ppo_vs_sft/win_rate_{judge}']:.3f} [{low:.3f}, {high:.3f}]"
+
+    cells = [
+        f"`{run}`",
+        f"{minutes:.1f}",
+        f"{summary['ppo']['peak_memory_gib']:.1f}",
+        wins("held_back"),
+        wins("words"),
+        f"{metrics['ppo/kl_mean']:.1f}",
+        f"{metrics['ppo/eos_rate']:.3f}",
+        f"{metrics['ppo/length_mean'] / metrics['sft/length_mean'] - 1:+.0%}".replace("%", " %"),
+        f"x {metrics['ppo/distinct_2'] / metrics['sft/distinct_2']:.2f}",
+        held_back_cell(summary["comparison"]["frontier"]),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def held_back_cell(found: dict[str, Any]) -> str:
+    """On the prompts of the frontier; best-of-1 is no best-of-n."""
+    best, point = best_and_published(found)
+    cell = f"{point['scores']['held_back']['value']:.2f}"
+    return cell if best["n"] == 1 else f"{cell} and {best['scores']['held_back']['value']:.2f} (n = {best['n']})"
+
+
+def best_and_published(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rows of a frontier: the most samples, and the published step."""
+    return found["best_of_n"][-1], next(row for row in found["steps"] if row["step"] == found["published"])
+
+
 def frontier_line(comparison: dict[str, Any]) -> str:
     """Best-of-n beside the published policy, by every score."""
     found = comparison.get("frontier")
     if not found or found["published"] is None:
         return ""
-    best = found["best_of_n"][-1]
-    point = next(row for row in found["steps"] if row["step"] == found["published"])
+    best, point = best_and_published(found)
     cells = [
         f"{name} {best['scores'][name]['value']:.2f} and {point['scores'][name]['value']:.2f}"
         for name in found["scores"]
@@ -346,7 +405,8 @@ def main(argv: list[str] | None = None) -> int:
     lines = table(json.loads(args.out.read_text(encoding="utf-8")))
     print(lines)
     if published(args.out):
-        PAGE.write_text(with_measured(PAGE.read_text(encoding="utf-8"), lines, args.out.stem), encoding="utf-8")
+        page = with_measured(PAGE.read_text(encoding="utf-8"), lines, args.out.stem)
+        PAGE.write_text(with_measured(page, overview(), "real_model"), encoding="utf-8")
     return 0
 
 
