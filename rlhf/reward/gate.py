@@ -27,7 +27,7 @@ FEW_PAIRS = 10  # a slice with fewer is left out: one of many is below chance by
 TRIVIAL = "a trivial model does as well: more labels, a larger base, another learning rate"
 LENGTH = "pairs of like length, reward.length_decorrelation, or more pairs whose better answer is shorter"
 EXPLOIT = "PPO would find this: put such answers among the rejected ones"
-OFF_TOPIC = "it hardly reads the prompt, and PPO finds one answer for all: reward.mismatched"
+OFF_TOPIC = "it hardly reads the prompt, and PPO finds one answer for all: raise reward.mismatched"
 # Edit -> name of its check: what the model would have learned to like.
 LIKES = {
     "padded": "length",
@@ -160,7 +160,7 @@ def _gains(report: Report, gate: RewardGateSection) -> Iterator[Check]:
             reason += f", allowed {gate.max_edit_gain:+.2f}"
             found, remedy = _at_most(gain, gate.max_edit_gain), EXPLOIT
             if name == "truncation":  # PPO has a rule of its own for answers without EOS
-                found, remedy = _softened(found), "keep ppo.missing_eos_penalty on, set reward.truncated"
+                found, remedy = _softened(found), "keep ppo.missing_eos_penalty on, raise reward.truncated"
             yield _check(name, found, reason, remedy)
 
 
