@@ -36,7 +36,7 @@ from pipelines.sweep import link
 from rlhf.artifacts import MANIFEST, Artifact, read_jsonl
 from rlhf.evaluation.curves import load_run, plot_bargain
 from rlhf.evaluation.frontier_report import plot_frontier
-from rlhf.evaluation.report import comparison_table, part_table
+from rlhf.evaluation.report import comparison_table, part_table, with_interval
 from rlhf.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent
@@ -283,7 +283,8 @@ def table(report: dict[str, Any]) -> str:
 
 
 GOAL = (  # of the columns of `overview`
-    "goal | about 8 | - | 0.65, low > 0.60 | 0.65, low > 0.60 | <= 20 | >= 0.95 | within 20 % | - | at least best-of-16"
+    "goal | about 8 | - | 0.65, low > 0.60 | 0.65, low > 0.60 | <= 20 | >= 0.95 | "
+    "within 20 %, or wins at equal length | - | at least best-of-16"
 )
 
 
@@ -305,17 +306,11 @@ def overview() -> str:
 def overview_line(run: str, summary: dict[str, Any], minutes: float) -> str:
     """A row of `overview`."""
     metrics = summary["evaluate"]
-
-    def wins(judge: str) -> str:
-        low, high = (metrics[f"ppo_vs_sft/win_rate_{judge}_{end}"] for end in ("low", "high"))
-        return f"{metrics[f'ppo_vs_sft/win_rate_{judge}']:.3f} [{low:.3f}, {high:.3f}]"
-
     cells = [
         f"`{run}`",
         f"{minutes:.1f}",
         f"{summary['ppo']['peak_memory_gib']:.1f}",
-        wins("held_back"),
-        wins("words"),
+        *(with_interval(metrics, f"ppo_vs_sft/win_rate_{judge}", 3) for judge in ("held_back", "words")),
         f"{metrics['ppo/kl_mean']:.1f}",
         f"{metrics['ppo/eos_rate']:.3f}",
         f"{metrics['ppo/length_mean'] / metrics['sft/length_mean'] - 1:+.0%}".replace("%", " %"),
@@ -352,8 +347,7 @@ def frontier_line(comparison: dict[str, Any]) -> str:
 
 def _pairs(metrics: dict[str, Any]) -> str:
     lead = metrics["accuracy"] - metrics["accuracy_tfidf"]
-    accuracy = f"{metrics['accuracy']:.3f} [{metrics['accuracy_low']:.3f}, {metrics['accuracy_high']:.3f}]"
-    return f"accuracy {accuracy} on {metrics['pairs']} pairs, TF-IDF {metrics['accuracy_tfidf']:.3f} ({lead:+.3f})"
+    return f"accuracy {with_interval(metrics, 'accuracy', 3)} on {metrics['pairs']} pairs, TF-IDF {metrics['accuracy_tfidf']:.3f} ({lead:+.3f})"
 
 
 SAYS: dict[str, Callable[[dict[str, Any]], str]] = {
