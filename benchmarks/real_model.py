@@ -346,8 +346,9 @@ def frontier_line(comparison: dict[str, Any]) -> str:
 
 
 def _pairs(metrics: dict[str, Any]) -> str:
-    lead = metrics["accuracy"] - metrics["accuracy_tfidf"]
-    return f"accuracy {with_interval(metrics, 'accuracy', 3)} on {metrics['pairs']} pairs, TF-IDF {metrics['accuracy_tfidf']:.3f} ({lead:+.3f})"
+    accuracy, words = with_interval(metrics, "accuracy", 3), metrics["accuracy_tfidf"]
+    lead = metrics["accuracy"] - words
+    return f"accuracy {accuracy} on {metrics['pairs']} pairs, TF-IDF {words:.3f} ({lead:+.3f})"
 
 
 SAYS: dict[str, Callable[[dict[str, Any]], str]] = {
