@@ -10,7 +10,8 @@ and so is the wall clock (compilation included, loading not) until TRL's last sc
 `--precision bf16` is autocast over float32 weights on both sides, and frozen models in bf16.
 
 Matched: prompts, episodes, mini-batches, epochs, learning rate and its decay, Adam's epsilon, KL coefficient, GAE,
-clips, temperature, lengths, scale of scores (TRL's reward model applies mean and std itself), weights of the critic,
+clips, temperature, lengths, scale of scores (TRL's reward model applies mean and std itself, and its critic starts as
+that model, as with TRL's own scripts: without the mean every end would be a surprise), weights of the critic,
 missing-EOS rule ("subtract", the one that TRL has). Ours publishes its last step here, as TRL does. Not matched: our
 gradient clipping, which TRL accepts as a setting and never applies; our calibration of the critic on the first rollout
 (`ppo.calibrate_critic`); random numbers; the conventions in docs/ppo.md.
@@ -67,6 +68,8 @@ def train(args: argparse.Namespace, side: str, seed: int, out: Path) -> None:
     trl = {"trl_micro_batch": args.trl_micro_batch, "dtype": "float32", "device": args.device}
     trl |= {"autocast": args.precision == "bf16"}
     spec = side_specs(context(args, seed), trl)[side] | {"out": str(out), "every": args.every}
+    if side == "trl":
+        spec["value_mean"] = spec["score_mean"]
     path = out / "spec.json"
     path.write_text(json.dumps(spec), encoding="utf-8")
     commands = {

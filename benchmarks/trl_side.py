@@ -100,7 +100,7 @@ def build_trainer(spec: dict[str, Any], callback: TrainerCallback, output_dir: s
     Keys of `spec`: policy, reference, reward (model folders), score_mean, score_std, prompts (lists of token ids),
     ppo (our hyperparameters), trl_micro_batch (episodes of one forward and backward), stop_at_eos, dtype (of all
     weights), autocast (bf16 over these, frozen models in bf16), device, seed, all_steps (below), peft (LoRA of the
-    policy).
+    policy), value_mean (what the critic subtracts from the reward model's raw scores; default: nothing).
 
     TRL 1.12 does not count its optimizer steps as its settings say. With several mini-batches it takes one step per PPO
     epoch all the same, because `accelerator.accumulate` counts the micro-batches of the whole rollout; and on the last
@@ -110,8 +110,9 @@ def build_trainer(spec: dict[str, Any], callback: TrainerCallback, output_dir: s
     tokenizer = AutoTokenizer.from_pretrained(spec["policy"], padding_side="left")
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in spec["prompts"][: spec.get("prompts_used")]]
     lora = LoraConfig(task_type="CAUSAL_LM", **adapter) if (adapter := _adapter(spec)) else None
-    critic = normalise(load(spec, "score", "reward"), 0.0, spec["score_std"])
-    critic.score.bias = None
+    critic = normalise(load(spec, "score", "reward"), spec.get("value_mean", 0.0), spec["score_std"])
+    if not spec.get("value_mean"):
+        critic.score.bias = None
     trainer = PPOTrainer(
         args=config_of(spec, output_dir),
         processing_class=tokenizer,
