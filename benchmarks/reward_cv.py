@@ -82,10 +82,14 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return validate(Recipe, data, "benchmark")
 
 
-def tuned_base(args: argparse.Namespace, ctx: StageContext, renderer: Renderer, rows: list[Row]) -> Path:
-    """The base after `--sft-epochs` on the preferred answers of `rows`."""
+def preferred(rows: list[Row], renderer: Renderer, max_length: int) -> Any:
+    """The preferred answers of `rows`, tokenised for SFT."""
     texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-    data = rendered_rows(texts, renderer, ctx.recipe.reward.max_length, "cv sft")
+    return rendered_rows(texts, renderer, max_length, "cv sft")
+
+
+def tuned_base(args: argparse.Namespace, ctx: StageContext, renderer: Renderer, data: Any) -> Path:
+    """The base after `--sft-epochs` on `data`."""
     options = {"num_train_epochs": args.sft_epochs, "learning_rate": args.sft_learning_rate, "warmup_steps": 20}
     options |= {"per_device_train_batch_size": 16, "lr_scheduler_type": "cosine", "save_strategy": "no"}
     options |= {"train_sampling_strategy": "group_by_length", "disable_tqdm": True, "eval_strategy": "no"}
@@ -103,16 +107,20 @@ def tuned_base(args: argparse.Namespace, ctx: StageContext, renderer: Renderer, 
 
 
 def train(args: argparse.Namespace, recipe: Recipe, rows: list[Row], root: Path) -> tuple[list[Any], Renderer, float]:
-    """Reward models of `rows`, `--members` of them, their renderer, and the seconds that all training took."""
+    """Reward models of `rows`, `--members` of them, their renderer, and the seconds that training took.
+
+    Loading, recording of graphs and saving between SFT and reward models count; tokenisation of the rows does not.
+    """
     ctx = StageContext(reward.STAGE, recipe, root, RUN)
     ctx.dir.mkdir(parents=True, exist_ok=True)
     check_position_limit(args.base, recipe.reward.max_length, "max_length")
     tokenizer = load_tokenizer(args.base)
     renderer = Renderer(tokenizer, args.chat)
     pairs, _ = reward.training_pairs(rows, renderer, recipe.reward, args.seed, "cv")
+    answers = preferred(rows, renderer, recipe.reward.max_length) if args.sft_epochs else None
     options = {"train_sampling_strategy": "group_by_length", "save_strategy": "no", "disable_tqdm": True}
     started, members = time.perf_counter(), []
-    base = tuned_base(args, ctx, renderer, rows) if args.sft_epochs else Path(args.base)
+    base = tuned_base(args, ctx, renderer, answers) if args.sft_epochs else Path(args.base)
     ctx.inputs["sft"] = SimpleNamespace(model_dir=base)  # of reward.lm_coef
     for seed in range(args.seed, args.seed + args.members):
         config = trainer_args(RewardConfig, options | recipe.reward.trainer, ctx, max_length=None)
