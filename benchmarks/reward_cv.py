@@ -13,7 +13,8 @@ recipe's `reward` section.
 
 The base must not know the pairs: an SFT model that was taught the preferred answers of these sets has seen the fold.
 `--sft-epochs` does it for each fold, without the fold. `--members` averages reward models of several seeds.
-`--only` makes some of the folds; `--publish` puts files together.
+`--only` makes some of the folds; `--publish` puts files together. `--compare "as it is=a.json" "one epoch=b.json"`
+writes a table of several settings on the same folds, each beside the first, with a paired bootstrap over prompts.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from rlhf.yamlio import validate
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "reward_cv.json"
+SETTINGS = RESULTS.with_name("reward_cv_settings.json")
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 RUN = "cv"  # folder below the artifact directory
 
@@ -242,6 +244,60 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{len(found['folds'])} folds, {low:.0f} to {high:.0f} s of training each."
 
 
+def beside(found: dict[str, np.ndarray], first: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Accuracies of a setting on one set, both as `joined` gives them, and its lead over the first setting."""
+    short = first["shorter"].astype(bool)
+    lead = bootstrap_interval(found["model"] - first["model"], clusters=first["prompts"].tolist())
+    row = {"pairs": len(short), "all": float(found["model"].mean()), "lead": [lead.value, lead.low, lead.high]}
+    row |= {"tfidf": float(first["tfidf"].mean())}
+    if short.any():
+        row |= {"shorter": float(found["model"][short].mean()), "tfidf_shorter": float(first["tfidf"][short].mean())}
+    return row
+
+
+def compared(files: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
+    """Numbers of several settings, each with its name, on the same folds: seconds, and per set what `beside` finds.
+
+    Raises:
+        SystemExit: two files do not hold the same folds of the same sets.
+    """
+    states = [json.loads(path.read_text(encoding="utf-8")) for _, path in files]
+    rows: list[dict[str, Any]] = []
+    first = {name: joined(states[0]["folds"], name) for name in states[0]["folds"][0]["sets"]}
+    for (label, path), state in zip(files, states, strict=True):
+        sets = {}
+        for name, base in first.items():
+            found = joined(state["folds"], name)
+            if found["prompts"].tolist() != base["prompts"].tolist():
+                raise SystemExit(f"error: {path}: {name} has other pairs than in {files[0][1]}: compare the same folds")
+            sets[name] = beside(found, base)
+        seconds = [round(fold["seconds"], 1) for fold in state["folds"]]
+        told = {"about": state["about"], "commit": state.get("commit")}
+        rows.append({"setting": label, "seconds": seconds, "sets": sets} | told)
+    return rows
+
+
+def mean_of(sets: dict[str, Any], key: str) -> str:
+    """Over the sets that have it."""
+    return f"{np.mean([found[key] for found in sets.values() if key in found]):.3f}"
+
+
+def settings_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown of `compared`: a line for each setting below that of TF-IDF."""
+    sets = rows[0]["sets"]
+    lines = [f"| setting | seconds | {' | '.join(sets)} | shorter is better, mean of the sets |"]
+    lines.append("| --- " * (len(sets) + 3) + "|")
+    words = " | ".join(f"{found['tfidf']:.3f}" for found in sets.values())
+    lines.append(f"| TF-IDF | - | {words} | {mean_of(sets, 'tfidf_shorter')} |")
+    for row in rows:
+        cells = [row["setting"], f"{np.mean(row['seconds']):.0f}"]
+        for found in row["sets"].values():
+            lead = "({:+.3f} [{:+.3f}, {:+.3f}])".format(*found["lead"])
+            cells.append(f"{found['all']:.3f}" + (f" {lead}" if row is not rows[0] else ""))
+        lines.append(f"| {' | '.join(cells)} | {mean_of(row['sets'], 'shorter')} |")
+    return "\n".join(lines)
+
+
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,6 +305,9 @@ def parse() -> argparse.Namespace:
         "overrides", nargs="*", help="of the reward section, such as loss=smoothed trainer.learning_rate=1e-5"
     )
     parser.add_argument("--publish", nargs="+", type=Path, help="files of --out: their table into docs/results.md")
+    parser.add_argument(
+        "--compare", nargs="+", metavar="LABEL=FILE", help="files of --out, into docs/results.md as well"
+    )
     parser.add_argument("--base", help="folder of the model that the reward model starts from")
     parser.add_argument("--data", nargs="+", help="data recipes")
     parser.add_argument("--chat", action="store_true", help="render with the model's chat template")
@@ -263,8 +322,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--artifacts", default="artifacts", help="where cleaned data go")
     parser.add_argument("--out", help="JSON file; what it holds already is not done again")
     args = parser.parse_intermixed_args()
-    if not args.publish and not (args.base and args.data and args.out):
-        parser.error("give --base, --data and --out, or --publish")
+    if not (args.publish or args.compare) and not (args.base and args.data and args.out):
+        parser.error("give --base, --data and --out, or --publish, or --compare")
     return args
 
 
@@ -275,15 +334,28 @@ def publish(files: Sequence[Path]) -> None:
     PAGE.write_text(with_measured(PAGE.read_text(encoding="utf-8"), table(found), "reward_cv"), encoding="utf-8")
 
 
+def publish_settings(files: Sequence[str]) -> None:
+    """Write what `compared` finds, and its table."""
+    pairs = [(label, Path(path)) for label, _, path in (item.rpartition("=") for item in files)]
+    rows = compared(pairs)
+    SETTINGS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    text = with_measured(PAGE.read_text(encoding="utf-8"), settings_table(rows), "reward_cv_settings")
+    PAGE.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Measure, print, write after each fold."""
     keep_freed_memory()
     args = parse()
     if args.publish:
         return publish(args.publish)
+    if args.compare:
+        return publish_settings(args.compare)
     out, root = Path(args.out), Path(args.artifacts)
     about = {
-        key: value for key, value in vars(args).items() if key not in ("out", "only", "artifacts", "base", "publish")
+        key: value
+        for key, value in vars(args).items()
+        if key not in ("out", "only", "artifacts", "base", "publish", "compare")
     }
     state = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"about": about, "folds": []}
     if state["about"] != about:

@@ -241,6 +241,8 @@ def test_the_learning_curves_of_the_page_are_of_their_files() -> None:
         assert page == with_measured(page, report(kept["results"]), path.stem)
     kept = json.loads(reward_cv.RESULTS.read_text(encoding="utf-8"))
     assert page == with_measured(page, reward_cv.table(kept), "reward_cv")
+    settings = json.loads(reward_cv.SETTINGS.read_text(encoding="utf-8"))
+    assert page == with_measured(page, reward_cv.settings_table(settings), "reward_cv_settings")
 
 
 def test_the_time_of_a_step_that_was_stopped_is_kept_and_nothing_is_run_after_it(

@@ -75,3 +75,35 @@ def test_the_base_may_first_be_tuned_on_the_same_folds(tmp_path, monkeypatch):
     state = measured(monkeypatch, tmp_path, "trainer.num_train_epochs=1", "lm_coef=0.1", "--sft-epochs", "1")
     assert [fold["train_pairs"] for fold in state["folds"]] and len(bases) == 2
     assert {base.name for base in bases} == {"sft"} and (bases[0] / "model.safetensors").is_file()
+
+
+def test_settings_are_compared_pair_by_pair_on_the_same_folds(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- measured reward_cv_settings: begin -->\n<!-- measured reward_cv_settings: end -->\nb\n")
+    monkeypatch.setattr(reward_cv, "PAGE", page)
+    monkeypatch.setattr(reward_cv, "SETTINGS", tmp_path / "settings.json")
+
+    def state(margins: list[float], prompts: str) -> dict:
+        given = {"tfidf": [1.0, -1.0, -1.0, -1.0], "shorter": [True, True, False, False], "prompts": list(prompts)}
+        fold = {"fold": 0, "seconds": 60.04, "sets": {"one": given | {"model": margins}}}
+        return {"about": {"seed": 0}, "commit": "abc", "folds": [fold]}
+
+    files = {
+        "first": ([1.0, 1.0, -1.0, 0.0], "pqrs"),
+        "k=2": ([1.0, -2.0, 3.0, 4.0], "pqrs"),
+        "odd": ([1.0] * 4, "pqrx"),
+    }
+    paths = [tmp_path / f"{name.replace('=', '')}.json" for name in files]
+    for path, (margins, prompts) in zip(paths, files.values(), strict=True):
+        path.write_text(json.dumps(state(margins, prompts)))
+    named = [f"{name}={path}" for name, path in zip(files, paths, strict=True)]  # the last = parts them
+    monkeypatch.setattr(sys, "argv", ["cv", "--compare", *named[:2]])
+    reward_cv.main()
+    lines = page.read_text().splitlines()
+    assert lines[4] == "| TF-IDF | - | 0.250 | 0.500 |"
+    assert lines[5] == "| first | 60 | 0.625 | 1.000 |"  # a tie is one half
+    assert lines[6].startswith("| k=2 | 60 | 0.750 (+0.125 [-") and lines[6].endswith(" | 0.500 |")
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert [row["setting"] for row in kept] == ["first", "k=2"] and kept[1]["sets"]["one"]["pairs"] == 4
+    with pytest.raises(SystemExit, match=r"odd\.json: one has other pairs than in .*first\.json"):
+        reward_cv.compared(list(zip(files, paths, strict=True)))
