@@ -245,7 +245,12 @@ def table(found: dict[str, Any]) -> str:
 
 
 def beside(found: dict[str, np.ndarray], first: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Accuracies of a setting on one set, both as `joined` gives them, and its lead over the first setting."""
+    """A setting on one set beside the first one, both as `joined` gives them.
+
+    Returns:
+        `pairs`; `all` and `tfidf`, accuracies; `shorter` and `tfidf_shorter`, those where the shorter answer is better
+        (if there are such pairs); `lead` over the first setting with its limits.
+    """
     short = first["shorter"].astype(bool)
     lead = bootstrap_interval(found["model"] - first["model"], clusters=first["prompts"].tolist())
     row = {"pairs": len(short), "all": float(found["model"].mean()), "lead": [lead.value, lead.low, lead.high]}
@@ -255,30 +260,37 @@ def beside(found: dict[str, np.ndarray], first: dict[str, np.ndarray]) -> dict[s
     return row
 
 
+def prompts_of(sets: dict[str, dict[str, np.ndarray]]) -> dict[str, list[str]]:
+    """Per set the prompt of each pair."""
+    return {name: found["prompts"].tolist() for name, found in sets.items()}
+
+
 def compared(files: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
-    """Numbers of several settings, each with its name, on the same folds: seconds, and per set what `beside` finds.
+    """Several settings, each with its name, on the same folds of the same sets.
+
+    Returns:
+        Per setting: its name, `seconds` of each fold, per set what `beside` finds, settings and commit.
 
     Raises:
-        SystemExit: two files do not hold the same folds of the same sets.
+        SystemExit: two files do not hold the same pairs.
     """
-    states = [json.loads(path.read_text(encoding="utf-8")) for _, path in files]
     rows: list[dict[str, Any]] = []
-    first = {name: joined(states[0]["folds"], name) for name in states[0]["folds"][0]["sets"]}
-    for (label, path), state in zip(files, states, strict=True):
-        sets = {}
-        for name, base in first.items():
-            found = joined(state["folds"], name)
-            if found["prompts"].tolist() != base["prompts"].tolist():
-                raise SystemExit(f"error: {path}: {name} has other pairs than in {files[0][1]}: compare the same folds")
-            sets[name] = beside(found, base)
-        seconds = [round(fold["seconds"], 1) for fold in state["folds"]]
-        told = {"about": state["about"], "commit": state.get("commit")}
-        rows.append({"setting": label, "seconds": seconds, "sets": sets} | told)
+    first: dict[str, dict[str, np.ndarray]] = {}
+    for label, path in files:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        folds = sorted(state["folds"], key=lambda fold: fold["fold"])
+        found = {name: joined(folds, name) for name in folds[0]["sets"]}
+        first = first or found
+        if prompts_of(found) != prompts_of(first):
+            raise SystemExit(f"error: {path} has other sets or pairs than {files[0][1]}: compare the same folds")
+        told = {"setting": label, "about": state["about"], "commit": state.get("commit")}
+        told["seconds"] = [round(fold["seconds"], 1) for fold in folds]
+        rows.append(told | {"sets": {name: beside(found[name], first[name]) for name in first}})
     return rows
 
 
 def mean_of(sets: dict[str, Any], key: str) -> str:
-    """Over the sets that have it."""
+    """Mean of a number over the sets that have it, as text."""
     return f"{np.mean([found[key] for found in sets.values() if key in found]):.3f}"
 
 
@@ -324,6 +336,10 @@ def parse() -> argparse.Namespace:
     args = parser.parse_intermixed_args()
     if not (args.publish or args.compare) and not (args.base and args.data and args.out):
         parser.error("give --base, --data and --out, or --publish, or --compare")
+    if args.publish and args.compare:
+        parser.error("--publish and --compare write different tables: give one of them")
+    if unnamed := [item for item in args.compare or [] if not item.rpartition("=")[0]]:
+        parser.error(f"--compare {unnamed[0]}: give LABEL=FILE")
     return args
 
 

@@ -105,5 +105,14 @@ def test_settings_are_compared_pair_by_pair_on_the_same_folds(tmp_path, monkeypa
     assert lines[6].startswith("| k=2 | 60 | 0.750 (+0.125 [-") and lines[6].endswith(" | 0.500 |")
     kept = json.loads((tmp_path / "settings.json").read_text())
     assert [row["setting"] for row in kept] == ["first", "k=2"] and kept[1]["sets"]["one"]["pairs"] == 4
-    with pytest.raises(SystemExit, match=r"odd\.json: one has other pairs than in .*first\.json"):
+    with pytest.raises(SystemExit, match=r"odd\.json has other sets or pairs than .*first\.json"):
         reward_cv.compared(list(zip(files, paths, strict=True)))
+    folds = json.loads(paths[0].read_text())["folds"] + [json.loads(paths[1].read_text())["folds"][0] | {"fold": 1}]
+    paths[2].write_text(json.dumps(state([], "") | {"folds": folds[::-1]}))
+    paths[0].write_text(json.dumps(state([], "") | {"folds": folds}))  # the order does not matter
+    rows = reward_cv.compared([("a", paths[0]), ("b", paths[2])])
+    assert rows[1]["sets"]["one"]["lead"] == [0, 0, 0] and rows[1]["sets"]["one"]["pairs"] == 8
+    for words in (["--compare", "no.json"], ["--compare", "a=b", "--publish", "c"]):
+        monkeypatch.setattr(sys, "argv", ["cv", *words])
+        with pytest.raises(SystemExit, match="2"):
+            reward_cv.parse()
