@@ -26,6 +26,11 @@ DEFAULT_EXTRAS := tiny,dev,data
 EXTRAS ?= $(or $(SETUP_EXTRAS),$(DEFAULT_EXTRAS))
 PIP_ARGS ?= $(SETUP_PIP_ARGS)
 
+# They stand between double quotes in the commands below, where a shell would go on reading these four characters.
+QUOTED := RECIPE ARTIFACTS RUN REWARD AGAINST STAGE DATA TOKENIZER
+UNSAFE = $(findstring ",$(1))$(findstring `,$(1))$(findstring $$,$(1))$(findstring \,$(1))
+$(foreach name,$(QUOTED),$(if $(call UNSAFE,$(value $(name))),$(error $(name) has one of " ` $$ \ in it: take another name)))
+
 STAMP := $(VENV)/.ready
 PY := $(VENV)/bin/python
 # `accelerate launch ...` comes from the environment's bin folder and takes -m as python does.
@@ -68,6 +73,7 @@ pretrain: $(STAMP) ## make the base model, where the recipe asks for it
 	@$(call RUN_STAGE,pretrain)
 
 data: $(STAMP) ## clean one data recipe (RECIPE=hh_rlhf or a path) into ARTIFACTS/data/NAME, with manifest, card and bad rows
+	@$(if $(filter file,$(origin RECIPE)),{ echo "error: make data: RECIPE names a data recipe here, such as RECIPE=hh_rlhf" >&2; exit 2; })
 	@$(PY) -m pipelines.data --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(FORCE),--force) $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
 label-select: $(STAMP) ## choose N pairs of DATA=recipe for annotators: METHOD=mix FEATURES=words|folder|sft REWARD="reward reward_b" SPLIT=train SEED=0 MAX_LENGTH=512
@@ -98,8 +104,8 @@ evaluate: $(STAMP) ## SFT against PPO on held-out prompts: table, reward against
 report: $(STAMP) ## all of a run on one page, artifacts/RUN/report.html; AGAINST=other_run; STAGE=reward measures that model again
 	@$(call UNFORCED,report) $(if $(STAGE),--stage "$(STAGE)") $(OTHER) $(if $(AGAINST),--against "$(AGAINST)")
 
-status: $(STAMP) ## runs, their stages, and what is stale
-	@$(PY) -m pipelines.status --artifacts "$(ARTIFACTS)"
+status: $(STAMP) ## runs, their stages, and what is stale; VERIFY=1 reads every file and compares it with the manifest
+	@$(PY) -m pipelines.status --artifacts "$(ARTIFACTS)" $(if $(VERIFY),--verify)
 
 notebook: $(STAMP) ## execute the notebooks on a finished run, and compare it with AGAINST=other_run
 	@RLHF_RUN_DIR="$(RUN_DIR)" RLHF_RUNS="$(RUN_DIR)$(AGAINST:%=,$(abspath $(ARTIFACTS))/%)" $(VENV)/bin/jupyter execute --inplace notebooks/*.ipynb

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from pipelines.cli import Parser, guarded
-from rlhf.artifacts import Artifact
+from rlhf.artifacts import MANIFEST, Artifact
 from rlhf.errors import UserError
 from rlhf.labels.records import LABELS
 from rlhf.locks import running
@@ -13,12 +13,17 @@ from rlhf.locks import running
 ORDER = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 
-def status(root: Path) -> list[str]:
-    """One line per stage: complete, stale, running, interrupted or damaged, with its time and headline."""
+def status(root: Path, verify: bool = False) -> list[str]:
+    """One line per stage: complete, stale, running, interrupted or damaged, with its time and headline.
+
+    Args:
+        root: artifact directory.
+        verify: compare every file with the manifest, which reads all of it.
+    """
     lines = []
     for run in sorted(path for path in root.iterdir() if path.is_dir() and path.name != LABELS):
         stages = sorted((path for path in run.iterdir() if path.is_dir()), key=_order)
-        lines += [f"{run.name}/{stage.name:10} {describe(stage)}" for stage in stages]
+        lines += [f"{run.name}/{stage.name:10} {describe(stage, verify)}" for stage in stages]
     return lines
 
 
@@ -27,15 +32,19 @@ def _order(path: Path) -> tuple[int, str]:
     return (ORDER.index(stage) if stage in ORDER else len(ORDER), path.name)
 
 
-def describe(stage: Path) -> str:
-    """State of one stage folder."""
+def describe(stage: Path, verify: bool = False) -> str:
+    """State of one stage folder; with `verify` also of the bytes of its files."""
     if stage.suffix == ".partial":
         pid = running(stage.with_suffix(".lock"))
         if pid:
             return f"running, process {pid}"
+        if (stage.parent / stage.stem / MANIFEST).is_file():  # the finished one would be skipped
+            return "interrupted, and the finished one beside it stays in use: FORCE=1 makes it again"
         return "interrupted: run the stage again to continue"
     try:
         artifact = Artifact.load(stage)
+        if verify:
+            artifact.verify()
     except UserError as error:
         return f"damaged: {error}"
     missing = artifact.missing()
@@ -68,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the status; returns 0, or 2 after one line on stderr where there is no such directory."""
     parser = Parser(prog="python -m pipelines.status", description=__doc__)
     parser.add_argument("--artifacts", default="artifacts", metavar="DIR")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare it with the manifest")
     return guarded("status", show, parser, argv)
 
 
@@ -76,7 +86,7 @@ def show(args: argparse.Namespace) -> None:
     root = Path(args.artifacts)
     if not root.is_dir():
         raise UserError(f"--artifacts {root}: no such directory: run `make sft` first")
-    print("\n".join(status(root)) or f"{root}: no runs yet")
+    print("\n".join(status(root, args.verify)) or f"{root}: no runs yet")
 
 
 if __name__ == "__main__":

@@ -38,12 +38,19 @@ FINGERPRINT = "fingerprint.json"
 CHECKPOINTS = "checkpoints"
 
 
+LONGEST_NAME = 200  # bytes; 255 are allowed, and `.partial` and the like are added
+
+
 def check_name(name: str, what: str) -> str:
     """`name` where it is one plain folder name, so that nothing is written outside the artifact directory.
 
     Raises:
-        UserError: it has a separator, or is something like `..`.
+        UserError: it has a separator, is something like `..`, or is longer than file systems allow with what is added.
     """
+    if len(name.encode()) > LONGEST_NAME:
+        raise UserError(
+            f"{what} {name[:20]}...: {len(name.encode())} bytes long, allowed are {LONGEST_NAME}: shorten it"
+        )
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"{what} {name!r}: not a plain name: use letters, digits, `_`, `-`, `+` and `.`")
     return name

@@ -331,8 +331,27 @@ def _run(ctx: StageContext, force: bool, dry_run: bool) -> Artifact | None:
     if is_main_process():
         for artifact in ctx.inputs.values():
             artifact.verify()
+        for name, error in later_data(ctx):
+            logger.warning("%s.data: %s: the stage %s will stop there", name, error, name)
     stage.check(ctx)
     return _build(ctx, action)
+
+
+def later_data(ctx: StageContext) -> Iterator[tuple[str, str]]:
+    """Other stages of the recipe whose data recipe is not there, and why: better said before this one trains.
+
+    Raises:
+        UserError: it is that of SFT, which follows pre-training in one command.
+    """
+    for name in ("sft", "reward", "ppo", "evaluate"):
+        data = getattr(getattr(ctx.recipe, name, None), "data", None)
+        try:
+            if data is not None and name != ctx.stage.name:
+                load_data_recipe(data)
+        except UserError as error:
+            if (ctx.stage.name, name) == ("pretrain", "sft"):
+                raise UserError(f"{name}.data: {error}") from None
+            yield name, str(error)
 
 
 def allow_remote_code(recipe: Recipe) -> None:

@@ -236,7 +236,8 @@ def _require_column(column: str, columns: set[str], where: str) -> None:
     if column not in columns:
         present = sorted(columns)
         raise UserError(
-            f"{where}: the source has no column {column!r}{nearest(column, present)}; it has {', '.join(present)}"
+            f"{where}: the source has no column {column!r}{nearest(column, present)}; it has {', '.join(present)}: "
+            "name one of them there"
         )
 
 

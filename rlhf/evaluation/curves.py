@@ -105,7 +105,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     if not finished:
         raise RunError(
             f"run directory {os.fspath(path)}: no finished stage in it (no <stage>/{MANIFEST}): "
-            "wait for the first stage, or set RLHF_RUN_DIR to artifacts/<run>"
+            "wait for the first stage, or name another run (a notebook: set RLHF_RUN_DIR to artifacts/<run>)"
         )
     try:
         return Run(found, {stage.name: Artifact.load(stage) for stage in finished})

@@ -39,6 +39,19 @@ def test_another_reward_model_and_its_report() -> None:
     assert dry("report", "STAGE=reward", "REWARD=reward_b").strip().endswith('--stage "reward" --as "reward_b"')
 
 
+@pytest.mark.parametrize("name", ['x";touch /tmp/x;"', "$(touch x)", "`x`", "a\\"])
+def test_a_name_that_a_shell_would_read_is_refused(name: str) -> None:
+    command = ["make", "-n", "--no-print-directory", "-o", ".venv/.ready", "sft", f"RUN={name}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and "RUN has one of" in run.stderr and not run.stdout
+
+
+def test_status_and_data() -> None:
+    assert dry("status").strip().endswith('pipelines.status --artifacts "artifacts"')
+    assert dry("status", "VERIFY=1").strip().endswith("--verify")
+    assert "RECIPE names a data recipe here" in dry("data") and "RECIPE names" not in dry("data", "RECIPE=hh_rlhf")
+
+
 def test_labels() -> None:
     chosen = dry("label-select", "DATA=mine.yaml", "N=50", "METHOD=mix", "FEATURES=sft", "REWARD=reward reward_b")
     assert '--data "mine.yaml" --count "50" --method "mix" --features "sft"' in chosen

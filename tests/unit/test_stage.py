@@ -116,6 +116,42 @@ def test_unchanged_stage_is_skipped_with_one_line(root, recipe, caplog):
     assert snapshot(root) == before
 
 
+def test_a_data_recipe_of_a_later_stage_that_is_not_there_is_said_before_this_one_trains(root, tmp_path, caplog):
+    recipe = build_recipe(tmp_path, ppo={"data": "no_such_prompts"})
+    run_stage(Toy().stage, recipe, root)
+    (said,) = [r.getMessage() for r in caplog.records if "ppo.data" in r.getMessage()]
+    assert "'no_such_prompts' does not exist" in said and said.endswith("the stage ppo will stop there")
+
+
+def test_pretraining_does_not_begin_where_sft_could_not(root, tmp_path):
+    texts = write_data_recipe(tmp_path, "sft")
+    recipe = build_recipe(tmp_path, sft={"data": "no_such_texts"}, pretrain={"data": [str(texts)]})
+    toy = Toy("pretrain")
+    with pytest.raises(UserError, match=r"^sft.data: data recipe 'no_such_texts' does not exist"):
+        run_stage(replace(toy.stage, data=lambda recipe: recipe.pretrain.data), recipe, root)
+    assert not toy.built
+
+
+def test_status_finds_changed_bytes_where_it_is_asked_to(root, recipe):
+    artifact = run_stage(Toy().stage, recipe, root)
+    name = next(name for name in artifact.manifest["files"] if name.startswith("model/"))
+    with open(artifact.path / name, "ab") as file:
+        file.write(b" ")
+    assert "complete in" in status(root)[0]
+    assert f"damaged: artifact {artifact.path}: {name} is damaged (sha256" in status(root, verify=True)[0]
+
+
+def test_status_of_an_interrupted_stage_beside_a_finished_one(root, recipe):
+    artifact = run_stage(Toy().stage, recipe, root)
+    artifact.path.with_name("sft.partial").mkdir()
+    assert status(root)[1].endswith("the finished one beside it stays in use: FORCE=1 makes it again")
+
+
+def test_a_name_longer_than_a_file_system_takes_is_refused(root, recipe):
+    with pytest.raises(UserError, match=r"--run xxxx.*300 bytes long, allowed are 200: shorten it"):
+        run_stage(Toy().stage, recipe, root, run="x" * 300)
+
+
 def test_a_stage_that_lost_a_file_of_its_model_is_made_again(root, recipe, caplog):
     toy = Toy()
     artifact = run_stage(toy.stage, recipe, root)
