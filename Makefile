@@ -73,7 +73,7 @@ pretrain: $(STAMP) ## make the base model, where the recipe asks for it
 	@$(call RUN_STAGE,pretrain)
 
 data: $(STAMP) ## clean one data recipe (RECIPE=hh_rlhf or a path) into ARTIFACTS/data/NAME, with manifest, card and bad rows
-	@$(if $(filter file,$(origin RECIPE)),{ echo "error: make data: RECIPE names a data recipe here, such as RECIPE=hh_rlhf" >&2; exit 2; })
+	@$(if $(filter file,$(origin RECIPE)),{ echo "error: make data: RECIPE names a data recipe here (RECIPE=hh_rlhf)" >&2; exit 2; })
 	@$(PY) -m pipelines.data --recipe "$(RECIPE)" --artifacts "$(ARTIFACTS)" $(if $(FORCE),--force) $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)")
 
 label-select: $(STAMP) ## choose N pairs of DATA=recipe for annotators: METHOD=mix FEATURES=words|folder|sft REWARD="reward reward_b" SPLIT=train SEED=0 MAX_LENGTH=512

@@ -49,7 +49,10 @@ def test_a_name_that_a_shell_would_read_is_refused(name: str) -> None:
 def test_status_and_data() -> None:
     assert dry("status").strip().endswith('pipelines.status --artifacts "artifacts"')
     assert dry("status", "VERIFY=1").strip().endswith("--verify")
-    assert "RECIPE names a data recipe here" in dry("data") and "RECIPE names" not in dry("data", "RECIPE=hh_rlhf")
+    assert "RECIPE names a data recipe here" not in dry("data", "RECIPE=hh_rlhf")
+    command = ["make", "--no-print-directory", "-o", ".venv/.ready", "data"]  # stops before anything is run
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: make data: RECIPE names a data recipe here (RECIPE=")
 
 
 def test_labels() -> None:
