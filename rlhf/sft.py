@@ -39,7 +39,15 @@ from rlhf.models import (
 from rlhf.recipe import Recipe
 from rlhf.sampling import Samples, fitting_rows, sample_responses
 from rlhf.stage import Stage, StageContext
-from rlhf.trainers import GraphedTrainer, check_trainer, in_curriculum_order, run_trainer, save_trained, trainer_args
+from rlhf.trainers import (
+    GraphedTrainer,
+    check_trainer,
+    check_trainer_args,
+    in_curriculum_order,
+    run_trainer,
+    save_trained,
+    trainer_args,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +192,15 @@ def start_limit(ctx: StageContext) -> int | None:
         return position_limit(ctx.inputs["pretrain"].model_dir)
     section = ctx.recipe.model
     return position_limit(base_path(section), section) if section.gguf_file is None else None
+
+
+def check_keys(recipe: Recipe) -> None:
+    """Keys, types and ranges of `sft.trainer`, which need no context of the stage.
+
+    Raises:
+        UserError: one that TRL does not have or take.
+    """
+    check_trainer_args(SFTConfig, recipe.sft.trainer, "sft.trainer")
 
 
 def check(ctx: StageContext) -> None:

@@ -348,6 +348,20 @@ CASES = [
         prepare=no_model,
     ),
     Case(
+        "unknown key of the stage that follows pretrain",
+        ("sft.trainer.learning_rat", "did you mean 'learning_rate'"),
+        (RAW % "max_steps: 1", "pretrain.block_size=32", "sft.trainer.learning_rat=1"),
+        "pretrain",
+        prepare=no_model,
+    ),
+    Case(
+        "data of the stage that follows pretrain",
+        ("sft.data", "'nosuch'", "does not exist"),
+        (RAW % "max_steps: 1", "sft.data=nosuch"),
+        "pretrain",
+        prepare=no_model,
+    ),
+    Case(
         "tracker not installed",
         ("logging.report_to", "wandb", "pip install wandb"),
         ("logging.report_to=[wandb]",),
