@@ -338,15 +338,16 @@ def _run(ctx: StageContext, force: bool, dry_run: bool) -> Artifact | None:
 
 
 def later_data(ctx: StageContext) -> Iterator[tuple[str, str]]:
-    """Other stages of the recipe whose data recipe is not there, and why: better said before this one trains.
+    """Stages to come whose data recipe is not there, and why: better said before this one trains.
 
     Raises:
         UserError: it is that of SFT, which follows pre-training in one command.
     """
-    for name in ("sft", "reward", "ppo", "evaluate"):
+    order = ["pretrain", "sft", "reward", "ppo", "evaluate"]
+    for name in order[order.index(ctx.stage.name) + 1 :] if ctx.stage.name in order else ():
         data = getattr(getattr(ctx.recipe, name, None), "data", None)
         try:
-            if data is not None and name != ctx.stage.name:
+            if data is not None:
                 load_data_recipe(data)
         except UserError as error:
             if (ctx.stage.name, name) == ("pretrain", "sft"):

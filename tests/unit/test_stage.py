@@ -117,9 +117,9 @@ def test_unchanged_stage_is_skipped_with_one_line(root, recipe, caplog):
 
 
 def test_a_data_recipe_of_a_later_stage_that_is_not_there_is_said_before_this_one_trains(root, tmp_path, caplog):
-    recipe = build_recipe(tmp_path, ppo={"data": "no_such_prompts"})
-    run_stage(Toy().stage, recipe, root)
-    (said,) = [r.getMessage() for r in caplog.records if "ppo.data" in r.getMessage()]
+    recipe = build_recipe(tmp_path, ppo={"data": "no_such_prompts"}, sft={"data": "no_such_texts"})
+    run_stage(Toy("reward").stage, recipe, root)  # not that of an earlier one: what it made may come from elsewhere
+    (said,) = [r.getMessage() for r in caplog.records if ".data: " in r.getMessage()]
     assert "'no_such_prompts' does not exist" in said and said.endswith("the stage ppo will stop there")
 
 
