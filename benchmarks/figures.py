@@ -24,7 +24,7 @@ from benchmarks.ablations import HALVES, call
 from benchmarks.start import provenance, with_measured
 from pipelines.cli import fail
 from pipelines.sweep import share
-from rlhf.artifacts import Artifact
+from rlhf.artifacts import STAGES, Artifact
 from rlhf.errors import UserError
 from rlhf.evaluation.report import comparison_table
 from rlhf.reward.gate import REPORT
@@ -33,7 +33,6 @@ Figures = Mapping[str, Any]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "figures.json"
-STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 AFTER_SFT = ("reward", "ppo", "evaluate")
 MOST = 64  # of best-of-n; the recipe has fewer
 LENGTH = {f"reward_l{coefficient}": f"reward.length_decorrelation={coefficient}" for coefficient in ("0", "0.3", "1")}

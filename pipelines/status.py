@@ -5,12 +5,10 @@ import sys
 from pathlib import Path
 
 from pipelines.cli import Parser, guarded
-from rlhf.artifacts import MANIFEST, Artifact
+from rlhf.artifacts import MANIFEST, STAGES, Artifact
 from rlhf.errors import UserError
 from rlhf.labels.records import LABELS
 from rlhf.locks import running
-
-ORDER = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 
 def status(root: Path, verify: bool = False) -> list[str]:
@@ -29,7 +27,7 @@ def status(root: Path, verify: bool = False) -> list[str]:
 
 def _order(path: Path) -> tuple[int, str]:
     stage = path.name.split(".")[0]
-    return (ORDER.index(stage) if stage in ORDER else len(ORDER), path.name)
+    return (STAGES.index(stage) if stage in STAGES else len(STAGES), path.name)
 
 
 def describe(stage: Path, verify: bool = False) -> str:

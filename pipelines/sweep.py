@@ -17,12 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.cli import Parser, fail, setup_logging
-from rlhf.artifacts import MANIFEST, UNPUBLISHED, Artifact, check_name
+from rlhf.artifacts import MANIFEST, STAGES, UNPUBLISHED, Artifact, check_name
 from rlhf.errors import UserError
 from rlhf.evaluation.sweeps import Point, is_seed, markdown, points, run_name, table
 from rlhf.recipe import Recipe, load_recipe
-
-STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -38,6 +38,7 @@ FINGERPRINT = "fingerprint.json"
 CHECKPOINTS = "checkpoints"
 
 
+STAGES = ("pretrain", "sft", "reward", "ppo", "evaluate")  # of a run, in order
 LONGEST_NAME = 200  # bytes; 255 are allowed, and `.partial` and the like are added
 
 

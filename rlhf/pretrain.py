@@ -122,9 +122,9 @@ def check(ctx: StageContext) -> None:
             f"pretrain.block_size {section.block_size}: above architecture.n_positions {architecture.n_positions}: "
             "lower it"
         )
-    from rlhf.sft import check_keys  # heavy, and of no use to this stage itself: `make sft` goes on with that one
+    from rlhf.sft import check_section  # heavy, and of no use to this stage itself: `make sft` goes on with that one
 
-    check_keys(ctx.recipe)
+    check_section(ctx.recipe)
 
 
 def build(ctx: StageContext) -> dict[str, Any]:

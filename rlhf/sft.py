@@ -194,13 +194,17 @@ def start_limit(ctx: StageContext) -> int | None:
     return position_limit(base_path(section), section) if section.gguf_file is None else None
 
 
-def check_keys(recipe: Recipe) -> None:
-    """Keys, types and ranges of `sft.trainer`, which need no context of the stage.
+def check_section(recipe: Recipe) -> None:
+    """What the section alone tells, before there is a model to start from.
 
     Raises:
-        UserError: one that TRL does not have or take.
+        UserError: a key or value that TRL does not have or take, no such data recipe, or no such split in it.
     """
-    check_trainer_args(SFTConfig, recipe.sft.trainer, "sft.trainer")
+    section = recipe.sft
+    check_trainer_args(SFTConfig, section.trainer, "sft.trainer")
+    check_split(section.data, section.split, "sft.split")
+    if section.eval_split:
+        check_split(section.data, section.eval_split, "sft.eval_split")
 
 
 def check(ctx: StageContext) -> None:
@@ -208,14 +212,12 @@ def check(ctx: StageContext) -> None:
     recipe, section = ctx.recipe, ctx.recipe.sft
     compute_dtype(recipe)
     check_trackers(recipe.logging.report_to)
+    check_section(recipe)
     no_eval = None if section.eval_split else "name sft.eval_split, or set eval_strategy to 'no'"
     check_trainer(SFTConfig, section.trainer, ctx, no_eval)
-    check_split(section.data, section.split, "sft.split")
     check_length(section.max_length, start_limit(ctx), "sft.max_length")
-    if section.eval_split:
-        check_split(section.data, section.eval_split, "sft.eval_split")
-        if section.eos_prompts:
-            eos_budget(ctx)
+    if section.eval_split and section.eos_prompts:
+        eos_budget(ctx)
 
 
 def build(ctx: StageContext) -> dict[str, Any]:

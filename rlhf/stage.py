@@ -26,6 +26,7 @@ from rlhf.artifacts import (
     CHECKPOINTS,
     FINGERPRINT,
     MANIFEST,
+    STAGES,
     Artifact,
     check_run,
     finish,
@@ -331,27 +332,21 @@ def _run(ctx: StageContext, force: bool, dry_run: bool) -> Artifact | None:
     if is_main_process():
         for artifact in ctx.inputs.values():
             artifact.verify()
+    stage.check(ctx)
+    if is_main_process():
         for name, error in later_data(ctx):
             logger.warning("%s.data: %s: the stage %s will stop there", name, error, name)
-    stage.check(ctx)
     return _build(ctx, action)
 
 
 def later_data(ctx: StageContext) -> Iterator[tuple[str, str]]:
-    """Stages to come whose data recipe is not there, and why: better said before this one trains.
-
-    Raises:
-        UserError: it is that of SFT, which follows pre-training in one command.
-    """
-    order = ["pretrain", "sft", "reward", "ppo", "evaluate"]
-    for name in order[order.index(ctx.stage.name) + 1 :] if ctx.stage.name in order else ():
+    """Stages to come whose data recipe is not there, and why: better said before this one trains."""
+    for name in STAGES[STAGES.index(ctx.stage.name) + 1 :] if ctx.stage.name in STAGES else ():
         data = getattr(getattr(ctx.recipe, name, None), "data", None)
         try:
             if data is not None:
                 load_data_recipe(data)
         except UserError as error:
-            if (ctx.stage.name, name) == ("pretrain", "sft"):
-                raise UserError(f"{name}.data: {error}") from None
             yield name, str(error)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from rlhf.artifacts import MANIFEST, Artifact
+from rlhf.artifacts import MANIFEST, STAGES, Artifact
 from rlhf.errors import UserError
 from rlhf.evaluation._panels import reward_against_kl
 from rlhf.evaluation.report import PICTURE_NAME, REPORT_NAME
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, distinct under every common colour blindness. Training is blue, held-out data orange.
 _TRAIN, _HELD_OUT, _OTHERS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY, _ALARM = "#555555", "#CC0000"
-_ORDER = ("pretrain", "sft", "reward", "ppo", "evaluate")
 _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -101,7 +100,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         )
     found = found.resolve()
     finished = [entry.parent for entry in found.glob(f"*/{MANIFEST}") if not entry.parent.suffix]
-    finished.sort(key=lambda stage: (_ORDER.index(stage.name) if stage.name in _ORDER else len(_ORDER), stage.name))
+    finished.sort(key=lambda stage: (STAGES.index(stage.name) if stage.name in STAGES else len(STAGES), stage.name))
     if not finished:
         raise RunError(
             f"run directory {os.fspath(path)}: no finished stage in it (no <stage>/{MANIFEST}): "

@@ -356,8 +356,8 @@ CASES = [
     ),
     Case(
         "data of the stage that follows pretrain",
-        ("sft.data", "'nosuch'", "does not exist"),
-        (RAW % "max_steps: 1", "sft.data=nosuch"),
+        ("data recipe 'nosuch'", "does not exist", "known: "),
+        (RAW % "max_steps: 1", "pretrain.block_size=32", "sft.data=nosuch"),
         "pretrain",
         prepare=no_model,
     ),

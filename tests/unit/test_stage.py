@@ -123,15 +123,6 @@ def test_a_data_recipe_of_a_later_stage_that_is_not_there_is_said_before_this_on
     assert "'no_such_prompts' does not exist" in said and said.endswith("the stage ppo will stop there")
 
 
-def test_pretraining_does_not_begin_where_sft_could_not(root, tmp_path):
-    texts = write_data_recipe(tmp_path, "sft")
-    recipe = build_recipe(tmp_path, sft={"data": "no_such_texts"}, pretrain={"data": [str(texts)]})
-    toy = Toy("pretrain")
-    with pytest.raises(UserError, match=r"^sft.data: data recipe 'no_such_texts' does not exist"):
-        run_stage(replace(toy.stage, data=lambda recipe: recipe.pretrain.data), recipe, root)
-    assert not toy.built
-
-
 def test_status_finds_changed_bytes_where_it_is_asked_to(root, recipe):
     artifact = run_stage(Toy().stage, recipe, root)
     name = next(name for name in artifact.manifest["files"] if name.startswith("model/"))
