@@ -58,7 +58,11 @@ def fitting_rows(rows: list[dict], renderer: Renderer, max_length: int | None, r
     Raises:
         UserError: no row fits.
     """
-    fits = [row for row in rows if max_length is None or len(renderer.prompt_ids(row["prompt"])) <= max_length]
+    if max_length is None:
+        fits = rows
+    else:
+        lengths = map(len, renderer.all_prompt_ids([row["prompt"] for row in rows]))
+        fits = [row for row, length in zip(rows, lengths, strict=True) if length <= max_length]
     if not fits:
         room = room or f"ppo.max_prompt_length {max_length}: raise it"
         raise UserError(f"none of {len(rows)} prompts fits {room}")
@@ -83,7 +87,7 @@ def sample_responses(
 
     `batch_size` None: `rows_at_once`.
     """
-    ids = [renderer.prompt_ids(prompt) for prompt in prompts]
+    ids = renderer.all_prompt_ids(prompts)
     noise = uniforms(len(ids), length, seed, *([draw] if draw else []))
     batch_size = batch_size or rows_at_once(model, max(map(len, ids)) + length)
     generator: Generator

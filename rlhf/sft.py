@@ -155,9 +155,9 @@ def rendered_rows(rows: list[dict], renderer: Renderer, max_length: int, where: 
         UserError: no row fits.
     """
     input_ids, masks = [], []
-    for row in rows:
-        prompt = renderer.prompt_ids(row["prompt"])
-        completion = renderer.response_ids(row["prompt"], row["completion"])
+    asked = [row["prompt"] for row in rows]
+    completions = renderer.all_response_ids(asked, [row["completion"] for row in rows])
+    for prompt, completion in zip(renderer.all_prompt_ids(asked), completions, strict=True):
         if len(prompt) + len(completion) <= max_length:
             input_ids.append(prompt + completion)
             masks.append([0] * len(prompt) + [1] * len(completion))

@@ -4,6 +4,9 @@ The two parts are tokenised apart, so no token spans the boundary and a response
 that the reward model was trained on (trl#1702: trained on tokenize(p + r), scored on tokenize(p) + tokenize(r)).
 """
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jinja2
@@ -12,6 +15,25 @@ from rlhf.errors import UserError
 
 Message = dict[str, str]
 Prompt = str | list[Message]
+TEXTS = 1000  # given to the tokenizer at a time
+PARALLEL = "TOKENIZERS_PARALLELISM"
+
+
+@contextmanager
+def on_all_cores() -> Iterator[None]:
+    """Tokenise with every core, here alone: a process that is forked later finds the setting as it was.
+
+    With it left on, the library warns at each fork, or its threads, which a fork does not copy, are waited for.
+    """
+    before = os.environ.get(PARALLEL)
+    os.environ[PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PARALLEL]
+        else:
+            os.environ[PARALLEL] = before
 
 
 class Renderer:
@@ -41,7 +63,7 @@ class Renderer:
             raise UserError(
                 f"tokenizer {self._name}: chat is on, but it has no chat template; set one or turn chat off"
             )
-        plain, full = self._encode("a", special=False), self._encode("a", special=True)
+        [plain], [full] = self._encode(["a"], special=False), self._encode(["a"], special=True)
         if full[len(full) - len(plain) :] != plain:
             ending = tokenizer.convert_ids_to_tokens(full[-1])
             raise UserError(
@@ -50,19 +72,28 @@ class Renderer:
             )
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids [P] of a prompt, up to where the response begins.
+        """Token ids [P] of a prompt, up to where the response begins; see `all_prompt_ids`."""
+        return self.all_prompt_ids([prompt])[0]
+
+    def response_ids(self, prompt: Prompt, response: str) -> list[int]:
+        """Token ids [R] of a response; see `all_response_ids`."""
+        return self.all_response_ids([prompt], [response])[0]
+
+    def all_prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids [P] of each prompt, up to where the response begins, tokenised together.
 
         Raises:
             UserError: messages without a chat template, or messages that the template refuses.
         """
-        messages = self._as_messages(prompt)
-        if messages is None:
-            return self._encode(prompt, special=True)
+        conversations = [self._as_messages(prompt) for prompt in prompts]
+        plain = iter(self._encode([p for p, c in zip(prompts, conversations, strict=True) if c is None], special=True))
         # The template writes its own special tokens, BOS among them.
-        return self._encode(self._render(messages, generation_prompt=True), special=False)
+        texts = [self._render(messages, generation_prompt=True) for messages in conversations if messages is not None]
+        chat = iter(self._encode(texts, special=False))
+        return [next(plain if messages is None else chat) for messages in conversations]
 
-    def response_ids(self, prompt: Prompt, response: str) -> list[int]:
-        """Token ids [R] of a response, with exactly one EOS, at the end.
+    def all_response_ids(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int]]:
+        """Token ids [R] of the response to each prompt, with exactly one EOS, at the end; tokenised together.
 
         For conversations it is what the chat template writes after the rendered prompt, cut behind the first EOS:
         ChatML's newline after `<|im_end|>` would be the reward model's last token in training, but not in PPO.
@@ -70,25 +101,17 @@ class Renderer:
         Raises:
             UserError: a template whose full rendering does not begin with the prompt's, or that writes no EOS.
         """
-        eos = self.tokenizer.eos_token_id
-        messages = self._as_messages(prompt)
-        if messages is None:
-            ids = self._encode(response, special=False)
-            return [*ids[: ids.index(eos)], eos] if eos in ids else [*ids, eos]
-        before = self._render(messages, generation_prompt=True)
-        full = self._render([*messages, {"role": "assistant", "content": response}], generation_prompt=False)
-        if not full.startswith(before):
-            raise UserError(
-                f"tokenizer {self._name}: its chat template renders the answered conversation {full[:50]!r}... without "
-                f"the rendered prompt {before[:50]!r}... in front; fix the template, it must only append"
-            )
-        ids = self._encode(full[len(before) :], special=False)
-        if eos not in ids:
-            raise UserError(
-                f"tokenizer {self._name}: its chat template ends a response with {full[-20:]!r}, which holds no "
-                f"eos_token {self.tokenizer.eos_token!r}; set eos_token to the token that ends a turn"
-            )
-        return ids[: ids.index(eos) + 1]
+        pairs = zip(prompts, responses, strict=True)
+        texts = [self._answer(self._as_messages(prompt), response) for prompt, response in pairs]
+        eos, result = self.tokenizer.eos_token_id, []
+        for prompt, text, ids in zip(prompts, texts, self._encode(texts, special=False), strict=True):
+            if eos not in ids and self._as_messages(prompt) is not None:
+                raise UserError(
+                    f"tokenizer {self._name}: its chat template ends a response with {text[-20:]!r}, which holds no "
+                    f"eos_token {self.tokenizer.eos_token!r}; set eos_token to the token that ends a turn"
+                )
+            result.append([*ids[: ids.index(eos)], eos] if eos in ids else [*ids, eos])
+        return result
 
     def prompt_text(self, prompt: Prompt) -> str:
         """The prompt for people and reward functions: a str as it is, a lone user message's text, else a transcript."""
@@ -115,9 +138,27 @@ class Renderer:
             )
         return prompt
 
-    def _encode(self, text: Any, special: bool) -> list[int]:
-        # verbose=False: length limits are checked by the stages, with the recipe's keys in the message.
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+    def _answer(self, messages: list[Message] | None, response: str) -> str:
+        """What is behind the prompt: the response, in a conversation as the chat template writes it."""
+        if messages is None:
+            return response
+        before = self._render(messages, generation_prompt=True)
+        full = self._render([*messages, {"role": "assistant", "content": response}], generation_prompt=False)
+        if not full.startswith(before):
+            raise UserError(
+                f"tokenizer {self._name}: its chat template renders the answered conversation {full[:50]!r}... without "
+                f"the rendered prompt {before[:50]!r}... in front; fix the template, it must only append"
+            )
+        return full[len(before) :]
+
+    def _encode(self, texts: Sequence[Any], special: bool) -> list[list[int]]:
+        ids: list[list[int]] = []
+        with on_all_cores():
+            for start in range(0, len(texts), TEXTS):
+                # verbose=False: length limits are checked by the stages, with the recipe's keys in the message.
+                some = list(texts[start : start + TEXTS])
+                ids += self.tokenizer(some, add_special_tokens=special, verbose=False).input_ids
+        return [list(row) for row in ids]
 
     def _render(self, messages: list[Message], generation_prompt: bool) -> str:
         try:

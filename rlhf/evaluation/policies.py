@@ -96,7 +96,7 @@ class Sampler:
 
     def _in_own_tokens(self, samples: Samples) -> Samples:
         """Responses of another tokenizer's model in the run's tokens, which its reward models read."""
-        ids = [self.renderer.prompt_ids(prompt) for prompt in self.prompts]
+        ids = self.renderer.all_prompt_ids(self.prompts)
         texts = zip(self.prompts, samples.responses, samples.has_eos, strict=True)
         rows = [self.renderer.response_ids(prompt, text)[: None if eos else -1] for prompt, text, eos in texts]
         prompts = [self.renderer.prompt_text(prompt) for prompt in self.prompts]
@@ -349,8 +349,9 @@ def held_out_texts(ctx: StageContext, renderer: Renderer) -> Samples | None:
     if not count or section.eval_split is None:
         return None
     rows = ctx.rows(section.data, section.eval_split, "sft")
-    prompts = [renderer.prompt_ids(row["prompt"]) for row in rows]
-    responses = [renderer.response_ids(row["prompt"], row["completion"]) for row in rows]
+    asked = [row["prompt"] for row in rows]
+    prompts = renderer.all_prompt_ids(asked)
+    responses = renderer.all_response_ids(asked, [row["completion"] for row in rows])
     fits = [i for i in range(len(rows)) if len(prompts[i]) + len(responses[i]) <= section.max_length][:count]
     texts = [renderer.prompt_text(rows[i]["prompt"]) for i in fits], [rows[i]["completion"] for i in fits]
     if not fits:

@@ -64,7 +64,7 @@ def load_prompts(
         UserError: none is left.
     """
     rows = load_rows(load_data_recipe(name), split, "prompts", root=root)
-    ids = [renderer.prompt_ids(row["prompt"]) for row in rows]
+    ids = renderer.all_prompt_ids([row["prompt"] for row in rows])
     fits = [row for row in range(len(rows)) if len(ids[row]) <= max_length]
     if not fits:
         raise UserError(

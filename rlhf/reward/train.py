@@ -135,9 +135,10 @@ def rendered_pairs(
         UserError: no pair fits, or one has no number as its margin.
     """
     chosen, rejected, kept, prompts = [], [], [], []
-    for row in rows:
-        prompt = renderer.prompt_ids(row["prompt"])
-        pair = [prompt + renderer.response_ids(row["prompt"], row[side]) for side in ("chosen", "rejected")]
+    asked = [row["prompt"] for row in rows]
+    answers = [renderer.all_response_ids(asked, [row[side] for row in rows]) for side in ("chosen", "rejected")]
+    for row, prompt, *both in zip(rows, renderer.all_prompt_ids(asked), *answers, strict=True):
+        pair = [prompt + answer for answer in both]
         if max(map(len, pair)) <= max_length:
             chosen.append(pair[0])
             rejected.append(pair[1])

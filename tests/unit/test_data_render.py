@@ -1,5 +1,6 @@
 """The renderer: the same ids for the same conversation in every stage, and exactly one EOS."""
 
+import os
 from collections import Counter
 
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.data import render
 from rlhf.data.formats import FormatOptions, convert_rows
-from rlhf.data.render import Renderer
+from rlhf.data.render import PARALLEL, Renderer
 from rlhf.errors import UserError
 
 CHATML = (
@@ -233,3 +235,26 @@ def test_any_conversation_is_rendered_alike_in_all_stages(system, earlier, quest
 
 
 CHAT_RENDERER = Renderer(build(CHATML), chat=True)
+
+
+@pytest.mark.parametrize("setting", [None, "false"])
+def test_many_at_once_are_the_ids_that_each_has_alone_and_the_cores_are_used_nowhere_else(monkeypatch, setting):
+    if setting is None:
+        monkeypatch.delenv(PARALLEL, raising=False)
+    else:
+        monkeypatch.setenv(PARALLEL, setting)
+    monkeypatch.setattr(render, "TEXTS", 2)
+    tokenizer = build(template=CHATML, post="<bos> $A")
+    seen = []
+    encode = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda *args, **kw: seen.append(os.environ[PARALLEL]) or encode(*args, **kw)
+    )
+    renderer = Renderer(tokenizer, chat=False)
+    prompts, responses = ["a", TALK, "你 b", TALK[1:2], "c"], [" x", "再见", "", "y z", "<|im_end|> more"]
+    some, answers = renderer.all_prompt_ids(prompts), renderer.all_response_ids(prompts, responses)
+    assert some == [renderer.prompt_ids(prompt) for prompt in prompts]
+    assert answers == [renderer.response_ids(*pair) for pair in zip(prompts, responses, strict=True)]
+    assert some[0][0] == tokenizer.bos_token_id != some[1][0]  # a template writes its own
+    assert set(seen) == {"true"} and os.environ.get(PARALLEL) == setting
+    assert renderer.all_prompt_ids([]) == renderer.all_response_ids([], []) == []
