@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
@@ -53,7 +54,7 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "reward_cv.json"
 SETTINGS = RESULTS.with_name("reward_cv_settings.json")
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
-RUN = "cv"  # folder below the artifact directory
+RUN = "cv"  # folder below the artifact directory; TF-IDF's margins are always there
 
 
 def folds_of(rows: Sequence[Row], folds: int, seed: int) -> list[int]:
@@ -113,7 +114,7 @@ def train(args: argparse.Namespace, recipe: Recipe, rows: list[Row], root: Path)
 
     Loading, recording of graphs and saving between SFT and reward models count; tokenisation of the rows does not.
     """
-    ctx = StageContext(reward.STAGE, recipe, root, RUN)
+    ctx = StageContext(reward.STAGE, recipe, root, args.run)
     ctx.dir.mkdir(parents=True, exist_ok=True)
     check_position_limit(args.base, recipe.reward.max_length, "max_length")
     tokenizer = load_tokenizer(args.base)
@@ -157,7 +158,10 @@ def tfidf_margins(kept: Path, training: list[Row], rows: list[Row]) -> list[floa
     found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     if key not in found:
         found = {key: np.asarray(tfidf_baseline(training, rows).margins).round(6).tolist()}
-        write_json(kept, found)
+        mine = kept.with_name(f"{kept.stem}-{os.getpid()}.json")  # another setting may be at the same fold
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(mine, found)
+        os.replace(mine, kept)
     return found[key]
 
 
@@ -332,6 +336,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--artifacts", default="artifacts", help="where cleaned data go")
+    parser.add_argument(
+        "--run", default=RUN, help="folder in there for what is trained: another for each of two at once"
+    )
     parser.add_argument("--out", help="JSON file; what it holds already is not done again")
     args = parser.parse_intermixed_args()
     if not (args.publish or args.compare) and not (args.base and args.data and args.out):
@@ -371,7 +378,7 @@ def main() -> None:
     about = {
         key: value
         for key, value in vars(args).items()
-        if key not in ("out", "only", "artifacts", "base", "publish", "compare")
+        if key not in ("out", "only", "artifacts", "run", "base", "publish", "compare")
     }
     state = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"about": about, "folds": []}
     if state["about"] != about:

@@ -3,10 +3,11 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import reward_cv
+from benchmarks import reward_cv, reward_settings
 from tests.builders import build_model, build_sft_artifact, build_tokenizer, write_data_recipe, write_rows
 from tests.reward_toys import honest_pairs
 
@@ -116,3 +117,59 @@ def test_settings_are_compared_pair_by_pair_on_the_same_folds(tmp_path, monkeypa
         monkeypatch.setattr(sys, "argv", ["cv", *words])
         with pytest.raises(SystemExit, match="2"):
             reward_cv.parse()
+
+
+def test_settings_run_one_at_a_time_on_each_gpu_and_what_is_finished_is_kept(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def run(command, *, env, **_):
+        out, label = Path(command[command.index("--out") + 1]), command[command.index("--run") + 1]
+        calls.append((label, env.get("CUDA_VISIBLE_DEVICES"), command))
+        if label == "robust" and len(calls) < 4:
+            return SimpleNamespace(returncode=1)
+        given = {
+            "tfidf": [1.0, -1.0],
+            "shorter": [True, False],
+            "prompts": ["p", "q"],
+            "model": [1.0, len(calls) - 2.0],
+        }
+        state = {"about": {}, "folds": [{"fold": 2, "seconds": 60.0, "sets": {"one": given}}]}
+        out.write_text(json.dumps(state), encoding="utf-8")
+        return SimpleNamespace(returncode=0)
+
+    def main(*more: str) -> str:
+        command = ["settings", "--base", "b", "--workdir", str(tmp_path), "--fold", "2", "--gpus", "1", *more]
+        monkeypatch.setattr(sys, "argv", command)
+        reward_settings.main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(reward_settings, "load_sets", lambda *_: {})
+    monkeypatch.setattr(reward_settings.subprocess, "run", run)
+    three = ["--only", "as in the five folds", "plain text", "robust"]
+    with pytest.raises(SystemExit, match=r"not finished: as in the five folds, plain text, robust$"):
+        main(*three, "--minutes", "3")  # less than one is taken to need
+    assert not calls
+    with pytest.raises(SystemExit, match=r"not finished: robust \(failed: robust\)"):
+        main(*three)
+    assert [label for label, *_ in calls] == ["as_in_the_five_folds", "plain_text", "robust"]
+    assert {gpu for _, gpu, _ in calls} == {"1"}
+    first, plain, robust = (command for *_, command in calls)
+    assert set(first) - set(plain) == {"--chat", "as_in_the_five_folds", str(tmp_path / "as_in_the_five_folds.json")}
+    assert set(robust) - set(first) == {"loss=robust", "robust", str(tmp_path / "robust.json")}
+    assert "| robust |" not in capsys.readouterr().out
+    lines = main(*three).splitlines()
+    assert len(calls) == 4  # robust alone once more
+    assert [line.split(" | ")[0] for line in lines[3:]] == ["| as in the five folds", "| robust", "| plain text"]
+
+
+def test_each_setting_is_one_that_the_reward_section_or_reward_cv_knows(monkeypatch):
+    args = SimpleNamespace(base="b", data=["d"], limit=None, fold=0, device="cpu")
+    args.workdir, args.artifacts = Path("w"), Path("a")
+    assert len({reward_settings.out_of(args, label) for label in reward_settings.SETTINGS}) == len(
+        reward_settings.SETTINGS
+    )
+    for label in reward_settings.SETTINGS:
+        monkeypatch.setattr(sys, "argv", reward_settings.command(args, label)[2:])
+        parsed = reward_cv.parse()
+        assert reward_cv.recipe_of(parsed).reward.trainer["lr_scheduler_type"] == "cosine"
+        assert parsed.only == [0] and parsed.chat == (label != "plain text")
