@@ -51,6 +51,7 @@ from rlhf.stage import peak_memory_gib
 logger = logging.getLogger(__name__)
 
 TRAIN, EVAL, PERMUTE = 0, 1, 2  # streams of random numbers
+SMALL_SCALE = 0.1  # of a calibrated critic; docs/results.md has what it costs
 STATISTICS = (
     *("loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg"),
     *("loss/value_avg", "val/clipfrac_avg", "val/ratio", "policy/grad_norm"),
@@ -396,6 +397,7 @@ class PPOTrainer:
         returns, _ = gae(rewards, torch.zeros_like(rewards), mask, self.config.gamma, lam=1.0)
         scale, offset = affine_fit(rollout.values, returns, mask)
         if math.isfinite(scale) and math.isfinite(offset):  # else the rollout is bad, and is not learned from
+            say_calibrated(scale, offset, self.config)
             self.accelerator.unwrap_model(self.model).calibrate(scale, offset)
             rollout.values = torch.where(mask, scale * rollout.values + offset, 0)
 
@@ -590,3 +592,13 @@ def _sync_gradients(accelerator: Accelerator, model: nn.Module, last: bool) -> A
 
 
 __all__ = ["PPOTrainer", "Prompts", "Targets"]
+
+
+def say_calibrated(scale: float, offset: float, config: PPOSection) -> None:
+    """What the first returns made of the critic, and what to do where that is next to nothing."""
+    slow = (config.critic_learning_rate or config.learning_rate) < 2 * config.learning_rate
+    hint = "; it says little of them and will learn slowly: set ppo.critic_learning_rate to 3 to 10 times the policy's"
+    logger.info(
+        "critic: %.2f times the reward model's values, %+.2f, fit the first returns%s",
+        *(scale, offset, hint if slow and scale < SMALL_SCALE else ""),
+    )

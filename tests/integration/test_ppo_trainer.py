@@ -1,6 +1,7 @@
 """The trainer: it learns, obeys its knobs, logs what it says, and continues exactly where it was."""
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -13,7 +14,8 @@ from rlhf.metrics import PPO
 from rlhf.models import load_model, of_critic
 from rlhf.ppo import stage as ppo_stage
 from rlhf.ppo.checkpoint import Checkpointer
-from rlhf.ppo.trainer import PPOTrainer
+from rlhf.ppo.trainer import PPOTrainer, say_calibrated
+from rlhf.recipe import PPOSection
 from rlhf.stage import run_stage
 from tests.builders import (
     build_model,
@@ -139,7 +141,7 @@ def test_critic_warm_up_leaves_the_policy_bit_equal(tmp_path, shape):
 
 
 @pytest.mark.parametrize("shape", ["full-separate", "lora-separate"])
-def test_the_critic_is_calibrated_once_to_the_first_returns(tmp_path, monkeypatch, shape):
+def test_the_critic_is_calibrated_once_to_the_first_returns(tmp_path, monkeypatch, caplog, shape):
     """numpy's least squares on what the critic said before and on the scores, which are the returns while KL is 0.
 
     Tokens of a response share one weight: each has one end.
@@ -154,7 +156,8 @@ def test_the_critic_is_calibrated_once_to_the_first_returns(tmp_path, monkeypatc
         rollout.scores = 0.5 * before.values[:, 0] - 3 + torch.tensor([0.1, 0.0, -0.1, 0.0])
 
     monkeypatch.setattr(trainer, "score", related)
-    _, rollout = trainer.step()
+    with caplog.at_level(logging.INFO, logger="rlhf.ppo.trainer"):
+        _, rollout = trainer.step()
     scores = rollout.scores[:, None].expand(mask.shape)[mask].numpy()
     shares = (1 / mask.sum(1, keepdim=True)).expand(mask.shape)[mask].numpy()
     slope, offset = np.polyfit(values, scores, 1, w=shares**0.5)  # it weighs residuals, not their squares
@@ -162,10 +165,24 @@ def test_the_critic_is_calibrated_once_to_the_first_returns(tmp_path, monkeypatc
     assert_close(rollout.values[mask], slope * values + offset, rtol=1e-3, atol=1e-4)
     assert_close(first_rollout(trainer).values, rollout.values, rtol=1e-4, atol=1e-5)  # the model says so from now on
     assert_close(model_of(trainer).value_bias.item(), offset, rtol=1e-3)
+    said = f"critic: {slope:.2f} times the reward model's values, {offset:+.2f}, fit the first returns"
+    assert [record.getMessage().split(";")[0] for record in caplog.records if "critic:" in record.getMessage()] == [
+        said
+    ]
     trainer.ppo_step = 1
     _, second = trainer.step()
     assert_close(model_of(trainer).value_bias.item(), offset, rtol=1e-3)
     assert not any(torch.isnan(second.values).flatten())
+
+
+@pytest.mark.parametrize(
+    ("scale", "rate", "hint"), [(0.04, None, True), (0.04, 1.9e-5, True), (0.04, 3e-5, False), (0.1, None, False)]
+)
+def test_a_critic_that_begins_with_nothing_is_said_to_need_a_rate_of_its_own(caplog, scale, rate, hint):
+    config = PPOSection(data="d", total_episodes=64, learning_rate=1e-5, critic_learning_rate=rate)
+    with caplog.at_level(logging.INFO, logger="rlhf.ppo.trainer"):
+        say_calibrated(scale, 0.5, config)
+    assert ("set ppo.critic_learning_rate" in caplog.text) == hint and f"critic: {scale:.2f} times" in caplog.text
 
 
 @pytest.mark.parametrize(
