@@ -399,8 +399,8 @@ class PPOSection(Section):
     critic_init: Literal["reward", "sft"] = Field("reward", description="N+: reward model.")
     calibrate_critic: bool = Field(
         True,
-        description="Fit scale and offset of a critic from the reward model to the first rollout's returns. Needs "
-        "critic: separate and critic_init: reward.",
+        description="Fit scale (at least 0.3) and offset of a critic from the reward model to the first rollout's "
+        "returns. Needs critic: separate and critic_init: reward.",
     )
     critic_warmup_steps: int = Field(0, ge=0, description="First ppo_steps that train the critic alone.")
 

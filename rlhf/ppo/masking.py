@@ -145,16 +145,16 @@ def masked_whiten(
     return torch.where(mask, whitened, 0)
 
 
-def affine_fit(x: Tensor, y: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Scale and offset that bring `x` closest to `y` (least squares) where it counts, with a scale of at least 0.
+def affine_fit(x: Tensor, y: Tensor, mask: Tensor, least: float = 0.0) -> tuple[float, float]:
+    """Scale and offset that bring `x` closest to `y` (least squares) where it counts, with a scale of at least `least`.
 
     Every row counts the same, however many of its entries do: a response has one end, whatever its length. A negative
-    scale would turn `x` upside down for the sake of noise: then `y`'s mean is the best guess, as it is where `x` is
-    constant or nothing counts.
+    scale would turn `x` upside down for the sake of noise. Whatever the scale, `y`'s mean is met.
 
     Args:
         x, y: [B,R].
         mask: bool, their shape, True = counts.
+        least: smallest scale, also where `x` is constant or nothing counts; 0 or more.
 
     Returns:
         scale, offset: of y ~ scale * x + offset. NaN where a counting entry is not finite.
@@ -172,5 +172,5 @@ def affine_fit(x: Tensor, y: Tensor, mask: Tensor) -> tuple[float, float]:
         variance = torch.zeros_like(variance)
     covariance = (weight * (x - mean_x) * (y - mean_y)).sum()
     slope = covariance / variance if variance != 0 else variance
-    scale = float(slope.clamp(min=0))
+    scale = float(slope.clamp(min=least))
     return scale, float(mean_y) - scale * float(mean_x)

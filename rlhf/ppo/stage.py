@@ -311,7 +311,8 @@ def _also(recipe: Recipe) -> dict[str, Any]:
 
 STAGE = Stage(
     "ppo",
-    3,  # 2: critic with a tokenizer that pads on the right, fixed samples each time; 3: calibration by response
+    # 2: critic with a tokenizer that pads on the right, fixed samples each time; 3, 4: calibration by response, a least
+    4,
     inputs=_inputs,
     data=lambda recipe: [recipe.ppo.data],
     check=check,

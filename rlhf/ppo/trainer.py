@@ -51,7 +51,7 @@ from rlhf.stage import peak_memory_gib
 logger = logging.getLogger(__name__)
 
 TRAIN, EVAL, PERMUTE = 0, 1, 2  # streams of random numbers
-SMALL_SCALE = 0.1  # of a calibrated critic; docs/results.md has what it costs
+LEAST_SCALE = 0.3  # of a calibrated critic; docs/results.md has what a smaller one costs
 STATISTICS = (
     *("loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg"),
     *("loss/value_avg", "val/clipfrac_avg", "val/ratio", "policy/grad_norm"),
@@ -391,11 +391,12 @@ class PPOTrainer:
         A reward model was taught at the last token alone. Before it, its score is on a scale of its own: on `tiny` the
         mean is two standard deviations off and half of the spread is noise, which advantages then are full of. Where
         values are off by a constant, every end is a surprise, good or bad, and responses become shorter or longer:
-        each response counts the same, since each has one end.
+        each response counts the same, since each has one end. Where it says nothing before the end the scale that fits
+        is 0, and a critic with no head learns slowly: a little noise is cheaper.
         """
         mask = rollout.response_mask
         returns, _ = gae(rewards, torch.zeros_like(rewards), mask, self.config.gamma, lam=1.0)
-        scale, offset = affine_fit(rollout.values, returns, mask)
+        scale, offset = affine_fit(rollout.values, returns, mask, LEAST_SCALE)
         if math.isfinite(scale) and math.isfinite(offset):  # else the rollout is bad, and is not learned from
             say_calibrated(scale, offset, self.config)
             self.accelerator.unwrap_model(self.model).calibrate(scale, offset)
@@ -595,10 +596,12 @@ __all__ = ["PPOTrainer", "Prompts", "Targets"]
 
 
 def say_calibrated(scale: float, offset: float, config: PPOSection) -> None:
-    """What the first returns made of the critic, and what to do where that is next to nothing."""
+    """What the first returns made of the critic, and what to do where they have little to do with it."""
     slow = (config.critic_learning_rate or config.learning_rate) < 2 * config.learning_rate
-    hint = "; it says little of them and will learn slowly: set ppo.critic_learning_rate to 3 to 10 times the policy's"
+    hint = (
+        "; less would fit better, it says little of them: ppo.critic_learning_rate, 3 to 10 times the policy's, helps"
+    )
     logger.info(
-        "critic: %.2f times the reward model's values, %+.2f, fit the first returns%s",
-        *(scale, offset, hint if slow and scale < SMALL_SCALE else ""),
+        "critic: %.2f times the reward model's values, %+.2f, for the first returns%s",
+        *(scale, offset, hint if slow and scale <= LEAST_SCALE else ""),
     )

@@ -47,15 +47,15 @@ def whiten(x: Grid, mask: Mask, shift_mean: bool, moments: tuple[float, float] |
 
 
 # ---------------------------------------------------------------------------------------------------- advantages
-def affine_fit(x: Grid, y: Grid, mask: Mask) -> tuple[float, float]:
-    """The scale (at least 0) and offset with the smallest sum over rows of their mean square."""
+def affine_fit(x: Grid, y: Grid, mask: Mask, least: float = 0.0) -> tuple[float, float]:
+    """The scale (at least `least`) and offset with the smallest sum over rows of their mean square."""
     rows = [[t for t, counts in enumerate(row) if counts] for row in mask]
     some = [(b, t, 1 / len(row)) for b, row in enumerate(rows) for t in row]
     total = sum(weight for *_, weight in some) or 1.0
     mean_x, mean_y = (sum(z[b][t] * weight for b, t, weight in some) / total for z in (x, y))
     products = sum((x[b][t] - mean_x) * (y[b][t] - mean_y) * weight for b, t, weight in some)
     squares = sum((x[b][t] - mean_x) ** 2 * weight for b, t, weight in some)
-    scale = max(0.0, products / squares) if squares else 0.0
+    scale = max(least, products / squares if squares else 0.0)
     return scale, mean_y - scale * mean_x
 
 

@@ -226,6 +226,13 @@ class TestAffineFit:
         x = grid([[1.0, 2.0, 3.0]])
         assert affine_fit(x, -x, torch.ones(1, 3, dtype=torch.bool)) == (0.0, pytest.approx(-2.0))
 
+    @pytest.mark.parametrize("y", [[0.0, 0.0, 0.0], [3.0, 2.0, 1.0], [1.0, 1.2, 1.4]])
+    def test_a_scale_is_never_below_the_least_and_the_mean_is_met(self, y):
+        x, mask = grid([[1.0, 2.0, 3.0]]), torch.ones(1, 3, dtype=torch.bool)
+        scale, offset = affine_fit(x, grid([y]), mask, least=0.3)
+        assert (scale, 2 * scale + offset) == pytest.approx((0.3, sum(y) / 3))
+        assert affine_fit(x, 0.5 * x, mask, least=0.3) == pytest.approx((0.5, 0.0))
+
     @pytest.mark.parametrize(("x", "y", "counts"), [([5.0, 5.0], [1.0, 2.0], True), ([5.0, 6.0], [1.0, 2.0], False)])
     def test_nothing_to_fit(self, x, y, counts):
         offset = 1.5 if counts else 0.0
@@ -256,11 +263,11 @@ class TestAffineFit:
         with pytest.raises(ValueError, match="y has shape"):
             affine_fit(x, torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool))
 
-    @given(reference.ragged(50, 50, min_length=0))
-    def test_second_implementation(self, case):
+    @given(reference.ragged(50, 50, min_length=0), st.sampled_from([0.0, 0.3]))
+    def test_second_implementation(self, case, least):
         mask, (x, y) = case
-        scale, offset = reference.affine_fit(x, y, mask)
-        found = affine_fit(grid(x), grid(y), torch.tensor(mask))
+        scale, offset = reference.affine_fit(x, y, mask, least)
+        found = affine_fit(grid(x), grid(y), torch.tensor(mask), least)
         spread = reference.variance(x, mask)
         assume(spread == 0 or spread > 1e-6)  # between the two the slope is rounding error
         assert found == pytest.approx((scale, offset), rel=1e-6, abs=1e-6)
