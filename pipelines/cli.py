@@ -9,6 +9,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -26,6 +27,7 @@ from rlhf.redact import RedactingFormatter, redact
 
 BAD_INPUT = 2
 OPTIONAL = ("pretrain", "evaluate")  # `make sft` and `make ppo` call these for every recipe
+ALSO = "`peft: {r: 16}` needs far less; --dry-run estimates it"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 logger = logging.getLogger("rlhf")
 
@@ -136,9 +138,38 @@ def main(
             where = error.filename or args.artifacts
             return fail(f"{stage}: cannot write {where} ({error.strerror}): check path and permissions")
         raise
+    except (RuntimeError, MemoryError) as error:
+        if (reason := out_of_memory(error)) is None:
+            raise
+        where = f"{stage}, process {os.environ['RANK']}" if "RANK" in os.environ else stage
+        return fail(f"{where}: out of memory ({reason}): {less_at_a_time(stage)}", everywhere=True)
     finally:
         leave_group()
     return 0
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What torch says of memory that it did not get, without its advice; None for any other error."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    # A GPU that is full while a graph is recorded is no OutOfMemoryError; the last one is a CPU's.
+    if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", text):
+        return None
+    said = re.match(r".*? is free\b", text)
+    return said[0] if said else text.split(". ")[0][:160]
+
+
+def less_at_a_time(stage: str) -> str:
+    """What to set where a stage needs more memory than there is."""
+    if stage == "ppo":
+        return (
+            "lower ppo.max_tokens_per_micro_batch (the updates stay what they are), then ppo.generation_slots; " + ALSO
+        )
+    if stage in ("pretrain", "sft", "reward"):
+        size, steps = (
+            f"{stage}.trainer.{key}" for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+        )
+        return f"halve {size} and double {steps} (the same steps); {ALSO}"
+    return "let other programs end, or take a machine with more"
 
 
 def leave_group() -> None:
@@ -202,11 +233,11 @@ def guarded(command: str, act: Callable[[argparse.Namespace], None], parser: Par
     return 0
 
 
-def fail(message: str, kind: str = "error") -> int:
-    """Print one line on stderr, on rank 0; returns the exit code of bad input."""
+def fail(message: str, kind: str = "error", everywhere: bool = False) -> int:
+    """Print one line on stderr, on rank 0 or `everywhere`; returns the exit code of bad input."""
     bars = sys.modules.get("tqdm.std")
     for bar in list(bars.tqdm._instances) if bars else []:
         bar.close()  # ends its line: the message begins one of its own
-    if int(os.environ.get("RANK", "0")) == 0:
+    if everywhere or int(os.environ.get("RANK", "0")) == 0:
         print(f"{kind}: " + redact(" ".join(message.split())), file=sys.stderr)
     return BAD_INPUT

@@ -418,7 +418,7 @@ def nothing_half_written(ctx: StageContext, main: bool) -> Iterator[None]:
 
     try:
         yield
-    except (UserError, OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError, ValueError, SafetensorError) as error:
         worth_keeping = resumable(ctx)
         if main and not worth_keeping:
             shutil.rmtree(ctx.dir, ignore_errors=True)

@@ -167,6 +167,25 @@ def disk_full_in_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
 
 
+def memory_full(where: str, error: type[BaseException], text: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """A step of training needs more than there is."""
+
+    def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error(text)
+
+        monkeypatch.setattr(where, fail)
+
+    return spoil
+
+
+GPU_FULL = (
+    "CUDA out of memory. Tried to allocate 144.00 MiB. GPU 0 has a total capacity of 23.68 GiB of which 11.50 MiB is "
+    "free. Including non-PyTorch memory, this process has 23.66 GiB memory in use. If reserved memory is large try ..."
+)
+RECORDING = "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the manual.\nCompile with `TORCH_USE"
+
+
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake is to be found before any model is loaded."""
     from transformers import PreTrainedModel
@@ -606,6 +625,26 @@ CASES = [
         "rollout does not divide by processes",
         ("ppo.rollout_batch_size 4", "3 processes", "change one"),
         prepare=in_world_of(3),
+    ),
+    # ----------------------------------------------------------------------------------------------------- the memory
+    *(
+        Case(
+            f"memory full in {stage}",
+            (f"{stage}: out of memory", "11.50 MiB is free)", f"halve {stage}.trainer.per_device", "--dry-run"),
+            stage=stage,
+            prepare=memory_full("transformers.Trainer.training_step", torch.OutOfMemoryError, GPU_FULL),
+        )
+        for stage in ("sft", "reward")
+    ),
+    Case(
+        "memory full while a graph is recorded",
+        ("ppo: out of memory", "lower ppo.max_tokens_per_micro_batch"),
+        prepare=memory_full("rlhf.ppo.trainer.PPOTrainer.step", RuntimeError, RECORDING),
+    ),
+    Case(
+        "memory full on a CPU",
+        ("ppo: out of memory (MemoryError)", "ppo.generation_slots"),
+        prepare=memory_full("rlhf.ppo.trainer.PPOTrainer.step", MemoryError, ""),
     ),
     # ------------------------------------------------------------------------------------------------------- the disk
     Case("disk full at the start", ("disk is full", "free space"), prepare=disk_full("write_json")),
