@@ -6,8 +6,8 @@
     python -m benchmarks.reward_settings --base bases/smollm2 --workdir settings --gpus 0 1 --minutes 9     # in pieces
 
 Every setting is a call of `benchmarks.reward_cv` on one fold, alone on its GPU. What is finished is not run again, and
-with `--minutes` none begins that could not end in time (`--each`). The table compares each with the first, pair by
-pair; `--publish` writes it into docs/results.md.
+with `--minutes` none begins that could not end in time (`--each`, and three times that for three models). The table
+compares each with the first, pair by pair; `--publish` writes it into docs/results.md once all are finished.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
+import shlex
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,27 +62,45 @@ def command(args: argparse.Namespace, label: str) -> list[str]:
 
 
 def finished(args: argparse.Namespace, label: str) -> bool:
-    """Whether the fold is there."""
-    path = out_of(args, label)
+    """Whether the fold is there.
+
+    Raises:
+        SystemExit: what is there came from another command.
+    """
+    path, told = out_of(args, label), told_of(args, label)
+    if told.is_file() and told.read_text("utf-8") != shlex.join(command(args, label)[1:]):
+        raise SystemExit(f"error: {told} holds another command than this one's: name another --workdir")
     return path.is_file() and args.fold in {fold["fold"] for fold in json.loads(path.read_text("utf-8"))["folds"]}
+
+
+def told_of(args: argparse.Namespace, label: str) -> Path:
+    """The file with the command of a setting."""
+    return out_of(args, label).with_suffix(".command")
+
+
+def minutes_of(args: argparse.Namespace, label: str) -> float:
+    """What a setting is taken to need."""
+    more = SETTINGS[label]
+    return args.each * (int(more[more.index("--members") + 1]) if "--members" in more else 1)
 
 
 def run_all(args: argparse.Namespace) -> list[str]:
     """Run what is not finished, a process on each GPU; returns what failed."""
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for label in args.only or SETTINGS:
-        if not finished(args, label):
-            waiting.put(label)
+    waiting = [label for label in args.only or SETTINGS if not finished(args, label)]
     end = time.monotonic() + 60 * (args.minutes or float("inf"))
-    failed = []
+    failed, one = [], threading.Lock()
+
+    def next_one() -> str | None:
+        with one:
+            fits = (label for label in waiting if time.monotonic() + 60 * minutes_of(args, label) < end)
+            if (label := next(fits, None)) is not None:
+                waiting.remove(label)
+            return label
 
     def worker(gpu: str) -> None:
         env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
-        while time.monotonic() + 60 * args.each < end:
-            try:
-                label = waiting.get_nowait()
-            except queue.Empty:
-                return
+        while (label := next_one()) is not None:
+            told_of(args, label).write_text(shlex.join(command(args, label)[1:]), encoding="utf-8")
             with open(out_of(args, label).with_suffix(".log"), "w", encoding="utf-8") as log:
                 done = subprocess.run(command(args, label), stdout=log, stderr=log, env=env, cwd=ROOT, check=False)
             print(
@@ -101,15 +120,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", required=True, help="folder of the model that the reward models start from")
     parser.add_argument("--workdir", type=Path, required=True, help="a file for each setting; kept, to go on from")
     parser.add_argument("--data", nargs="+", default=DATA, help="data recipes")
-    parser.add_argument("--only", nargs="+", choices=list(SETTINGS), metavar="SETTING", help="these settings alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SETTINGS), metavar="SETTING", help="these alone; the first is compared with"
+    )
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--gpus", nargs="+", default=[""], help="such as 0 1: a setting at a time on each")
     parser.add_argument("--minutes", type=float, help="begin nothing that would not end in this time")
-    parser.add_argument("--each", type=float, default=4.0, help="minutes that a setting is taken to need")
+    parser.add_argument("--each", type=float, default=4.0, help="minutes that one reward model is taken to need")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="where cleaned data go")
     parser.add_argument("--limit", type=int, help="rows of each set, to try it")
-    parser.add_argument("--publish", action="store_true", help="write the table into docs/results.md")
+    parser.add_argument(
+        "--publish", action="store_true", help="write the table into docs/results.md, if none is missing"
+    )
     return parser.parse_args()
 
 
@@ -120,13 +143,15 @@ def main() -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
     load_sets(args.data, args.artifacts, args.limit)  # cleaned once, before several processes want them
     failed = run_all(args)
-    there = [label for label in SETTINGS if finished(args, label)]
-    if args.publish and there:
-        publish_settings([f"{label}={out_of(args, label)}" for label in there])
-    if there:
+    wanted = args.only or list(SETTINGS)
+    there = [label for label in wanted if finished(args, label)]
+    missing = [label for label in wanted if label not in there]
+    if there and wanted[0] in there:
         print(settings_table(compared([(label, out_of(args, label)) for label in there])))
-    if missing := [label for label in args.only or SETTINGS if label not in there]:
+    if missing:
         raise SystemExit(f"not finished: {', '.join(missing)}" + (f" (failed: {', '.join(failed)})" if failed else ""))
+    if args.publish:
+        publish_settings([f"{label}={out_of(args, label)}" for label in there])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ that the reward model was trained on (trl#1702: trained on tokenize(p + r), scor
 """
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jinja2
@@ -17,23 +18,29 @@ Message = dict[str, str]
 Prompt = str | list[Message]
 TEXTS = 1000  # given to the tokenizer at a time
 PARALLEL = "TOKENIZERS_PARALLELISM"
+_home, _one_at_a_time = os.getpid(), threading.Lock()
 
 
 @contextmanager
 def on_all_cores() -> Iterator[None]:
     """Tokenise with every core, here alone: a process that is forked later finds the setting as it was.
 
-    With it left on, the library warns at each fork, or its threads, which a fork does not copy, are waited for.
+    With it left on, the library warns at each fork. In a fork it has to stay off: threads are not copied, and would be
+    waited for without end.
     """
-    before = os.environ.get(PARALLEL)
-    os.environ[PARALLEL] = "true"
-    try:
+    if os.getpid() != _home:
         yield
-    finally:
-        if before is None:
-            del os.environ[PARALLEL]
-        else:
-            os.environ[PARALLEL] = before
+        return
+    with _one_at_a_time:
+        before = os.environ.get(PARALLEL)
+        os.environ[PARALLEL] = "true"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[PARALLEL]
+            else:
+                os.environ[PARALLEL] = before
 
 
 class Renderer:
@@ -101,11 +108,11 @@ class Renderer:
         Raises:
             UserError: a template whose full rendering does not begin with the prompt's, or that writes no EOS.
         """
-        pairs = zip(prompts, responses, strict=True)
-        texts = [self._answer(self._as_messages(prompt), response) for prompt, response in pairs]
+        conversations = [self._as_messages(prompt) for prompt in prompts]
+        texts = [self._answer(*pair) for pair in zip(conversations, responses, strict=True)]
         eos, result = self.tokenizer.eos_token_id, []
-        for prompt, text, ids in zip(prompts, texts, self._encode(texts, special=False), strict=True):
-            if eos not in ids and self._as_messages(prompt) is not None:
+        for messages, text, ids in zip(conversations, texts, self._encode(texts, special=False), strict=True):
+            if eos not in ids and messages is not None:
                 raise UserError(
                     f"tokenizer {self._name}: its chat template ends a response with {text[-20:]!r}, which holds no "
                     f"eos_token {self.tokenizer.eos_token!r}; set eos_token to the token that ends a turn"
@@ -153,7 +160,7 @@ class Renderer:
 
     def _encode(self, texts: Sequence[Any], special: bool) -> list[list[int]]:
         ids: list[list[int]] = []
-        with on_all_cores():
+        with on_all_cores() if len(texts) > 1 else nullcontext():
             for start in range(0, len(texts), TEXTS):
                 # verbose=False: length limits are checked by the stages, with the recipe's keys in the message.
                 some = list(texts[start : start + TEXTS])

@@ -97,8 +97,8 @@ class Sampler:
     def _in_own_tokens(self, samples: Samples) -> Samples:
         """Responses of another tokenizer's model in the run's tokens, which its reward models read."""
         ids = self.renderer.all_prompt_ids(self.prompts)
-        texts = zip(self.prompts, samples.responses, samples.has_eos, strict=True)
-        rows = [self.renderer.response_ids(prompt, text)[: None if eos else -1] for prompt, text, eos in texts]
+        rows = self.renderer.all_response_ids(self.prompts, samples.responses)
+        rows = [row[: None if eos else -1] for row, eos in zip(rows, samples.has_eos, strict=True)]
         prompts = [self.renderer.prompt_text(prompt) for prompt in self.prompts]
         return replace(samples, prompts=prompts, prompt_ids=ids, response_ids=rows)
 

@@ -592,9 +592,6 @@ def _sync_gradients(accelerator: Accelerator, model: nn.Module, last: bool) -> A
     return nullcontext() if last else accelerator.no_sync(model)
 
 
-__all__ = ["PPOTrainer", "Prompts", "Targets"]
-
-
 def say_calibrated(scale: float, offset: float, config: PPOSection) -> None:
     """What the first returns made of the critic, and what to do where they have little to do with it."""
     slow = (config.critic_learning_rate or config.learning_rate) < 2 * config.learning_rate
@@ -605,3 +602,6 @@ def say_calibrated(scale: float, offset: float, config: PPOSection) -> None:
         "critic: %.2f times the reward model's values, %+.2f, for the first returns%s",
         *(scale, offset, hint if slow and scale <= LEAST_SCALE else ""),
     )
+
+
+__all__ = ["PPOTrainer", "Prompts", "Targets"]

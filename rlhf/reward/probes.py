@@ -78,7 +78,7 @@ class Subject:
     def pair(self, row: Row) -> Pair:
         """The row with its token ids."""
         prompt = self.renderer.prompt_ids(row["prompt"])
-        return Pair(row, prompt, *(self.renderer.response_ids(row["prompt"], row[s]) for s in ("chosen", "rejected")))
+        return Pair(row, prompt, *self.renderer.all_response_ids([row["prompt"]] * 2, [row["chosen"], row["rejected"]]))
 
     def scores_of(self, pairs: Sequence[Pair], what: str) -> tuple[np.ndarray, np.ndarray]:
         """Scores of the chosen and of the rejected responses, [N] each; see `scores`."""
@@ -206,7 +206,7 @@ def _edited(subject: Subject, name: str, pair: Pair, seed: int) -> tuple[list[in
         responses = [ID_EDITS[name](pair.chosen_ids), ID_EDITS[name](pair.rejected_ids)]
     else:
         texts = [TEXT_EDITS[name](pair.row[side], random.Random(seed)) for side in ("chosen", "rejected")]
-        responses = [subject.renderer.response_ids(pair.row["prompt"], text) for text in texts]
+        responses = subject.renderer.all_response_ids([pair.row["prompt"]] * 2, texts)
     return pair.prompt_ids + responses[0], pair.prompt_ids + responses[1]
 
 

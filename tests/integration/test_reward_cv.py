@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ from benchmarks import reward_cv, reward_settings
 from tests.builders import build_model, build_sft_artifact, build_tokenizer, write_data_recipe, write_rows
 from tests.reward_toys import honest_pairs
 
+GPU = "CUDA_VISIBLE_DEVICES"
 SIZES = ["max_length=96", "trainer.per_device_train_batch_size=8", "trainer.learning_rate=1e-2"]
 
 
@@ -120,12 +123,19 @@ def test_settings_are_compared_pair_by_pair_on_the_same_folds(tmp_path, monkeypa
 
 
 def test_settings_run_one_at_a_time_on_each_gpu_and_what_is_finished_is_kept(tmp_path, monkeypatch, capsys):
-    calls = []
+    calls, published, busy = [], [], Counter()
+    robust_fails = True
 
     def run(command, *, env, **_):
-        out, label = Path(command[command.index("--out") + 1]), command[command.index("--run") + 1]
-        calls.append((label, env.get("CUDA_VISIBLE_DEVICES"), command))
-        if label == "robust" and len(calls) < 4:
+        out, label, gpu = Path(command[command.index("--out") + 1]), command[command.index("--run") + 1], env[GPU]
+        calls.append((label, command))
+        busy[gpu] += 1
+        assert busy[gpu] == 1  # one at a time on each
+        if len(calls) < 3:
+            together.wait(timeout=20)  # the first two, on two GPUs
+        busy[gpu] -= 1
+        used.add(gpu)
+        if label == "robust" and robust_fails:
             return SimpleNamespace(returncode=1)
         given = {
             "tfidf": [1.0, -1.0],
@@ -137,29 +147,40 @@ def test_settings_run_one_at_a_time_on_each_gpu_and_what_is_finished_is_kept(tmp
         out.write_text(json.dumps(state), encoding="utf-8")
         return SimpleNamespace(returncode=0)
 
-    def main(*more: str) -> str:
-        command = ["settings", "--base", "b", "--workdir", str(tmp_path), "--fold", "2", "--gpus", "1", *more]
+    def main(*more: str, base: str = "b") -> str:
+        command = ["settings", "--base", base, "--workdir", str(tmp_path), "--fold", "2", "--gpus", "1", "3", *more]
         monkeypatch.setattr(sys, "argv", command)
         reward_settings.main()
         return capsys.readouterr().out
 
+    together, used = threading.Barrier(2), set()
     monkeypatch.setattr(reward_settings, "load_sets", lambda *_: {})
     monkeypatch.setattr(reward_settings.subprocess, "run", run)
-    three = ["--only", "as in the five folds", "plain text", "robust"]
+    monkeypatch.setattr(reward_settings, "publish_settings", published.append)
+    three = ["--only", "as in the five folds", "plain text", "robust", "--publish"]
     with pytest.raises(SystemExit, match=r"not finished: as in the five folds, plain text, robust$"):
         main(*three, "--minutes", "3")  # less than one is taken to need
     assert not calls
     with pytest.raises(SystemExit, match=r"not finished: robust \(failed: robust\)"):
         main(*three)
-    assert [label for label, *_ in calls] == ["as_in_the_five_folds", "plain_text", "robust"]
-    assert {gpu for _, gpu, _ in calls} == {"1"}
-    first, plain, robust = (command for *_, command in calls)
+    assert sorted(label for label, _ in calls) == ["as_in_the_five_folds", "plain_text", "robust"] and used == {
+        "1",
+        "3",
+    }
+    first, plain, robust = (dict(calls)[label] for label in ("as_in_the_five_folds", "plain_text", "robust"))
     assert set(first) - set(plain) == {"--chat", "as_in_the_five_folds", str(tmp_path / "as_in_the_five_folds.json")}
     assert set(robust) - set(first) == {"loss=robust", "robust", str(tmp_path / "robust.json")}
-    assert "| robust |" not in capsys.readouterr().out
+    assert "| robust |" not in capsys.readouterr().out and not published
+    robust_fails = False
     lines = main(*three).splitlines()
     assert len(calls) == 4  # robust alone once more
-    assert [line.split(" | ")[0] for line in lines[3:]] == ["| as in the five folds", "| robust", "| plain text"]
+    assert [line.split(" | ")[0] for line in lines[3:]] == ["| as in the five folds", "| plain text", "| robust"]
+    assert [item.split("=")[0] for item in published[0]] == ["as in the five folds", "plain text", "robust"]
+    with pytest.raises(SystemExit, match=r"plain_text\.command holds another command"):
+        main("--only", "plain text", base="another")
+    with pytest.raises(SystemExit, match=r"not finished: mean of three seeds$"):
+        main("--only", "mean of three seeds", "--minutes", "9")  # three models
+    assert len(calls) == 4
 
 
 def test_each_setting_is_one_that_the_reward_section_or_reward_cv_knows(monkeypatch):

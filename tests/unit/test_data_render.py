@@ -1,6 +1,8 @@
 """The renderer: the same ids for the same conversation in every stage, and exactly one EOS."""
 
 import os
+import signal
+import time
 from collections import Counter
 
 import pytest
@@ -248,13 +250,36 @@ def test_many_at_once_are_the_ids_that_each_has_alone_and_the_cores_are_used_now
     seen = []
     encode = type(tokenizer).__call__
     monkeypatch.setattr(
-        type(tokenizer), "__call__", lambda *args, **kw: seen.append(os.environ[PARALLEL]) or encode(*args, **kw)
+        type(tokenizer), "__call__", lambda *args, **kw: seen.append(os.environ.get(PARALLEL)) or encode(*args, **kw)
     )
     renderer = Renderer(tokenizer, chat=False)
     prompts, responses = ["a", TALK, "你 b", TALK[1:2], "c"], [" x", "再见", "", "y z", "<|im_end|> more"]
+    seen.clear()
     some, answers = renderer.all_prompt_ids(prompts), renderer.all_response_ids(prompts, responses)
+    assert set(seen) == {"true"} and os.environ.get(PARALLEL) == setting
     assert some == [renderer.prompt_ids(prompt) for prompt in prompts]
     assert answers == [renderer.response_ids(*pair) for pair in zip(prompts, responses, strict=True)]
     assert some[0][0] == tokenizer.bos_token_id != some[1][0]  # a template writes its own
-    assert set(seen) == {"true"} and os.environ.get(PARALLEL) == setting
     assert renderer.all_prompt_ids([]) == renderer.all_response_ids([], []) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(monkeypatch):
+    monkeypatch.setenv(PARALLEL, "false")
+    renderer = Renderer(build(), chat=False)
+    texts = [f"text {number} " * 20 for number in range(50)]
+    ids = renderer.all_prompt_ids(texts)  # with threads
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if renderer.all_prompt_ids(texts) == ids else 1)
+    for _ in range(200):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits without end")
+    assert os.waitstatus_to_exitcode(status) == 0
