@@ -68,9 +68,11 @@ def finished(args: argparse.Namespace, label: str) -> bool:
         SystemExit: what is there came from another command.
     """
     path, told = out_of(args, label), told_of(args, label)
+    if not path.is_file():
+        return False
     if told.is_file() and told.read_text("utf-8") != shlex.join(command(args, label)[1:]):
         raise SystemExit(f"error: {told} holds another command than this one's: name another --workdir")
-    return path.is_file() and args.fold in {fold["fold"] for fold in json.loads(path.read_text("utf-8"))["folds"]}
+    return args.fold in {fold["fold"] for fold in json.loads(path.read_text("utf-8"))["folds"]}
 
 
 def told_of(args: argparse.Namespace, label: str) -> Path:
