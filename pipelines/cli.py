@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -63,10 +64,20 @@ def parse(stage: str, argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+class BesideBars(logging.StreamHandler):
+    """Writes a line where a progress bar is under way: the bar is taken away, and drawn again below it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging."""
+        bars = sys.modules.get("tqdm.std")
+        with bars.tqdm.external_write_mode(file=self.stream) if bars else nullcontext():
+            super().emit(record)
+
+
 def setup_logging() -> None:
     """Our lines on rank 0: what happens to stdout, what is wrong to stderr. Libraries only when something is wrong."""
     rank = int(os.environ.get("RANK", "0"))
-    out, err = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    out, err = BesideBars(sys.stdout), BesideBars(sys.stderr)
     out.addFilter(lambda record: record.levelno < logging.WARNING)
     err.setLevel(logging.WARNING)
     for handler in (out, err):

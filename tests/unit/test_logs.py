@@ -7,7 +7,9 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
+from pipelines.cli import BesideBars
 from rlhf.errors import UserError
 from rlhf.logs import MetricsWriter, append_row, check_trackers, rewind_rows, token_texts, trainer_callback
 
@@ -165,3 +167,19 @@ def test_token_texts_join_to_the_text_and_keep_characters_whole():
 def test_token_texts_keep_the_spaces_that_tokenizers_drop_at_the_beginning():
     pieces = {1: " one", 2: " two", 3: "."}
     assert token_texts(lambda ids: "".join(pieces[i] for i in ids).lstrip(), [1, 2, 3]) == ["one", " two", "."]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_line_beside_a_progress_bar_has_a_line_of_its_own(capsys, stream):
+    handler = BesideBars(getattr(sys, stream))
+    with tqdm(total=3, desc="ppo", file=sys.stderr, mininterval=0) as bar:
+        bar.update()
+        handler.emit(logging.makeLogRecord({"msg": "critic: said"}))
+        bar.update()
+    out, err = capsys.readouterr()
+    assert out == ("critic: said\n" if stream == "stdout" else "")
+    drawn = [part.strip() for part in err.replace("\r", "\n").split("\n")]
+    bars = [part for part in drawn if part.startswith("ppo:")]
+    assert all("critic" not in part for part in bars) and (stream == "stdout" or "critic: said" in drawn)
+    cleared = next(number for number, part in enumerate(drawn) if "1/3" in part) + 1
+    assert drawn[cleared] == "" and any("2/3" in part for part in bars)  # taken away, and drawn again
