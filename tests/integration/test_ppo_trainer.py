@@ -169,10 +169,10 @@ def test_the_critic_is_calibrated_once_to_the_first_returns(tmp_path, monkeypatc
     assert_close(rollout.values[mask], slope * values + offset, rtol=1e-3, atol=1e-4)
     assert_close(first_rollout(trainer).values, rollout.values, rtol=1e-4, atol=1e-5)  # the model says so from now on
     assert_close(model_of(trainer).value_bias.item(), offset, rtol=1e-3)
-    said = f"critic: {slope:.2f} times the reward model's values, {offset:+.2f}, for the first returns"
-    assert [record.getMessage().split(";")[0] for record in caplog.records if "critic:" in record.getMessage()] == [
-        said
-    ]
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("critic:")]
+    expected = f"critic: {slope:.2f} times the reward model's values, {offset:+.2f}, for the first returns"
+    assert len(said) == 1 and said[0].split(";")[0] == expected
+    assert ("ppo.critic_learning_rate" in said[0]) == (related_by == 0.5)
     trainer.ppo_step = 1
     _, second = trainer.step()
     assert_close(model_of(trainer).value_bias.item(), offset, rtol=1e-3)
