@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,12 +32,44 @@ EAGER_CALLS = 1  # with the same shapes, before they are recorded: kernels are c
 MAX_GRAPHS = 128  # each keeps a little memory; activations share one pool
 _recorded: Counter = Counter()
 
+
+class GraphPool:
+    """Memory of CUDA graphs that never run at the same time and end together, and of the same calls without a graph.
+
+    What one of them needs while it runs, the next may use. Without that the calls before a recording would keep as much
+    memory for themselves as the graphs.
+    """
+
+    def __init__(self) -> None:
+        self.memory = torch.cuda.MemPool()
+        self.stream = torch.cuda.Stream()  # memory is used again on the stream that it was allocated on, and no other
+
+    def record(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A graph of `function`, and what it leaves its results in."""
+        graph = torch.cuda.CUDAGraph()
+        handle: Any = self.memory.id
+        with torch.cuda.graph(graph, pool=handle, stream=self.stream):
+            results = function()
+        return graph, results
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Allocate here what the block allocates, also what it keeps: replays of graphs write over that."""
+        others = torch.cuda.current_stream()
+        self.stream.wait_stream(others)
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.memory):
+            yield
+        others.wait_stream(self.stream)
+
+
 # Above it the GPU takes longer than the host, and the memory that graphs hold on to is better used. With LoRA each
 # product is five small ones, and activations are few.
 PARAMETERS, PARAMETERS_LORA = 500_000_000, 2_000_000_000
 
 
-def graph_pool(choice: str, section: str, models: Sequence[Any], accelerator: Accelerator, checkpointing: bool) -> Any:
+def graph_pool(
+    choice: str, section: str, models: Sequence[Any], accelerator: Accelerator, checkpointing: bool
+) -> GraphPool | None:
     """Memory for the CUDA graphs of a stage; None where it has none.
 
     Args:
@@ -61,7 +94,7 @@ def graph_pool(choice: str, section: str, models: Sequence[Any], accelerator: Ac
         raise UserError(f"{section}.cuda_graphs: on needs {needed}: set it to auto or off")
     most = PARAMETERS_LORA if hasattr(models[0], "peft_config") else PARAMETERS
     fits = sum(parameter.numel() for parameter in models[0].parameters()) <= most
-    return torch.cuda.graph_pool_handle() if possible and (choice == "on" or (choice == "auto" and fits)) else None
+    return GraphPool() if possible and (choice == "on" or (choice == "auto" and fits)) else None
 
 
 def attend_without_mask(model: nn.Module) -> None:
@@ -101,12 +134,13 @@ class Graphed:
 
     Args:
         function: tensors (and plain keyword arguments, which belong to the shape) -> a tensor or a tuple of them.
-        pool: `torch.cuda.graph_pool_handle()`, shared by graphs that never run at the same time and end together;
-            None calls `function` and does nothing else.
-        prepare: called before a recording, such as to allocate gradients at their final place.
+        pool: of all that never runs at the same time; None calls `function` and does nothing else.
+        prepare: called before anything runs, such as to allocate gradients at their final place.
     """
 
-    def __init__(self, function: Callable[..., Any], pool: Any, prepare: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], pool: GraphPool | None, prepare: Callable[[], None] | None = None
+    ) -> None:
         self.function, self.pool, self.prepare = function, pool, prepare
         self.seen: Counter = Counter()
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]] = {}
@@ -120,23 +154,32 @@ class Graphed:
             if key not in self.graphs:
                 self.seen[key] += 1
                 if self.seen[key] <= EAGER_CALLS or len(self.graphs) >= MAX_GRAPHS:
-                    return self.function(*tensors, **static)
-                self.graphs[key] = self._record(tensors, static)
+                    return self._call(self.pool, tensors, static)
+                self.graphs[key] = self._record(self.pool, tensors, static)
         graph, inputs, outputs = self.graphs[key]
         for place, tensor in zip(inputs, tensors, strict=True):
             place.copy_(tensor)
         graph.replay()
-        # The next replay of any graph may overwrite them.
-        return outputs.clone() if isinstance(outputs, Tensor) else tuple(output.clone() for output in outputs)
+        return _kept(outputs)
 
-    def _record(self, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> tuple:
+    def _call(self, pool: GraphPool, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> Any:
+        if self.prepare is not None:
+            self.prepare()
+        with pool.borrowed():
+            outputs = self.function(*tensors, **static)
+        return _kept(outputs)
+
+    def _record(self, pool: GraphPool, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> tuple:
         if self.prepare is not None:
             self.prepare()
         inputs = tuple(tensor.clone() for tensor in tensors)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            outputs = self.function(*inputs, **static)
+        graph, outputs = pool.record(lambda: self.function(*inputs, **static))
         count_recording()
         if len(self.graphs) + 1 == MAX_GRAPHS:
             logger.warning("%d shapes are CUDA graphs; further ones run without", MAX_GRAPHS)
         return graph, inputs, outputs
+
+
+def _kept(outputs: Any) -> Any:
+    """Copies outside the pool: what runs next in it may overwrite the outputs."""
+    return outputs.clone() if isinstance(outputs, Tensor) else tuple(output.clone() for output in outputs)

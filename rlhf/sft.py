@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from rlhf.cards import write_card
 from rlhf.data import Renderer, check_split
 from rlhf.errors import UserError
+from rlhf.graphs import GraphPool
 from rlhf.logs import check_trackers
 from rlhf.models import (
     align_special_tokens,
@@ -88,7 +89,7 @@ class ExactSFTTrainer(GraphedTrainer, SFTTrainer):
             return "a model that scales or caps its logits"
         return super().ungraphable()
 
-    def use_graphs(self, pool: Any) -> None:
+    def use_graphs(self, pool: GraphPool | None) -> None:
         """Also rounds up the lengths of batches."""
         self.data_collator.pad_to_multiple_of = self.columns()
         super().use_graphs(pool)

@@ -29,7 +29,7 @@ from rlhf.artifacts import write_json
 from rlhf.checkpoints import check_environment, environment, newest_whole, seal
 from rlhf.data import load_data_recipe, ordered_by_difficulty
 from rlhf.errors import UserError
-from rlhf.graphs import Graphed, allocate_gradients, attend_without_mask, graph_pool, has_dropout
+from rlhf.graphs import Graphed, GraphPool, allocate_gradients, attend_without_mask, graph_pool, has_dropout
 from rlhf.interrupt import Interrupted, finish_step_first, requested
 from rlhf.lengths import LengthSampler
 from rlhf.logs import trainer_callback
@@ -353,7 +353,7 @@ class GraphedTrainer(ExactResume):
         if pool is not None and reason is None:
             self.use_graphs(pool)
 
-    def use_graphs(self, pool: Any) -> None:
+    def use_graphs(self, pool: GraphPool | None) -> None:
         """Replay a step's forward and backward as CUDA graphs: batches must come in few shapes, padded on the right."""
         attend_without_mask(self.model)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rlhf.artifacts import KEPT_POLICIES, Artifact
 from rlhf.errors import UserError
 from rlhf.functions import load_function
-from rlhf.graphs import Graphed
+from rlhf.graphs import Graphed, GraphPool
 from rlhf.models import (
     ActorCritic,
     Response,
@@ -253,7 +253,9 @@ class Reference:
         return response_logprobs(self.frozen, *args, entropy=False, chunked=self.chunked)[0]
 
 
-def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator, graph_pool: Any) -> list[ScoreSource]:
+def build_rewards(
+    ctx: StageContext, model: nn.Module, accelerator: Accelerator, graph_pool: GraphPool | None
+) -> list[ScoreSource]:
     """The recipe's reward sources in order. With a `graph_pool` their forwards become CUDA graphs."""
     shared = shared_rewards(ctx)
     sources: list[ScoreSource] = []
@@ -273,12 +275,14 @@ def build_rewards(ctx: StageContext, model: nn.Module, accelerator: Accelerator,
     return sources
 
 
-def _shared_forward(model: nn.Module, name: str, graph_pool: Any) -> Any:
+def _shared_forward(model: nn.Module, name: str, graph_pool: GraphPool | None) -> Any:
     graphed = Graphed(lambda ids, mask: model(ids, mask, 0, 1.0, mode=f"reward:{name}"), graph_pool)
     return lambda batch: graphed(batch.input_ids, batch.attention_mask)
 
 
-def _frozen_forward(ctx: StageContext, artifact: Artifact, accelerator: Accelerator, graph_pool: Any) -> Any:
+def _frozen_forward(
+    ctx: StageContext, artifact: Artifact, accelerator: Accelerator, graph_pool: GraphPool | None
+) -> Any:
     reward = load_model(artifact.model_dir, "score", dtype=compute_dtype(ctx.recipe), **_attention(ctx))
     scorer = Scorer(reward).to(accelerator.device).eval().requires_grad_(False)
     if wants_compile(ctx, accelerator.device):

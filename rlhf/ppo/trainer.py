@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.errors import UserError
 from rlhf.evaluation.text_metrics import distinct_n, refusal_rate
-from rlhf.graphs import Graphed, allocate_gradients, recorded
+from rlhf.graphs import Graphed, GraphPool, allocate_gradients, recorded
 from rlhf.interrupt import Interrupted, requested
 from rlhf.logs import MetricsWriter
 from rlhf.models import Outputs, Response, explicit_masks
@@ -138,7 +138,7 @@ class PPOTrainer:
         accelerator: Accelerator,
         writer: MetricsWriter,
         checkpointer: Checkpointer,
-        graph_pool: Any = None,
+        graph_pool: GraphPool | None = None,
         packing: bool = False,
     ) -> None:
         self.config, self.model, self.optimizer = config, model, optimizer

@@ -21,6 +21,7 @@ from rlhf.cards import write_card
 from rlhf.data import Renderer, check_split
 from rlhf.data.splits import group_key
 from rlhf.errors import UserError
+from rlhf.graphs import GraphPool
 from rlhf.locks import locked
 from rlhf.logs import check_trackers
 from rlhf.models import (
@@ -68,7 +69,7 @@ class ExactRewardTrainer(GraphedTrainer, RewardTrainer):
         """Also the language model beside the preferences: which tokens it counts is not known before."""
         return "reward.lm_coef" if self.objective.head is not None else super().ungraphable()
 
-    def use_graphs(self, pool: Any) -> None:
+    def use_graphs(self, pool: GraphPool | None) -> None:
         """Also rounds up the lengths of batches, never above the positions that the model has."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         self.data_collator.columns = COLUMNS._replace(largest=limit)

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig
 
+from rlhf.graphs import Graphed, GraphPool
 from rlhf.models import new_reward_model, save_model
 from rlhf.reward.train import STAGE, reward_trainer
 from rlhf.stage import StageContext
@@ -80,3 +81,37 @@ def test_sft_learns_the_same_with_graphs(tmp_path):
         assert bool(trainer.graphed and trainer.graphed.graphs) == (choice == "on")
     assert len(runs["on"]) == 12 and runs["on"][-1] < runs["on"][0]
     assert_close(runs["on"], runs["off"], rtol=1e-3, atol=1e-4)
+
+
+def test_calls_without_a_graph_use_the_memory_of_the_graphs():
+    weight = torch.ones(64, 64, device="cuda", dtype=torch.float64, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+
+    def function(rows):
+        hidden = rows
+        for _ in range(8):
+            hidden = (hidden @ weight / 64).sin()  # each is kept for the backward
+        loss = hidden.sum()
+        loss.backward()
+        return loss.detach(), hidden.detach()[0]
+
+    def gradient_of(call, rows):
+        weight.grad.zero_()
+        return torch.cat([part.flatten() for part in (*call(rows), weight.grad)])
+
+    batches = [torch.randn(2**14 * size, 64, device="cuda", dtype=torch.float64) for size in (16, 14, 12, 10)]
+    wanted = [gradient_of(function, rows) for rows in batches]
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    function(batches[0])
+    alone = torch.cuda.memory_reserved() - before
+    torch.cuda.empty_cache()
+    graphed, kept = Graphed(function, GraphPool()), []
+    for _ in range(3):  # of each shape the first is called, the second recorded, the rest are replayed
+        for number, rows in enumerate(batches):
+            kept.append((number, graphed(rows)))
+            assert_close(gradient_of(graphed, rows), wanted[number], atol=1e-6)
+    assert len(graphed.graphs) == len(batches)
+    for number, outputs in kept:
+        assert_close(torch.cat([part.flatten() for part in outputs]), wanted[number][:65], atol=1e-6)
+    assert torch.cuda.memory_reserved() - before < 1.5 * alone

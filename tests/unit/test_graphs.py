@@ -56,7 +56,7 @@ def test_a_whole_mask_is_enough_just_where_we_say_so(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_graphs_for_a_model_that_needs_more_than_a_mask(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr("rlhf.graphs.GraphPool", lambda: "pool")
     make, special = CASES[name]
     parts = [build("llama", "sdpa"), make()]  # the critic's attention counts as well
     assert graph_pool("auto", "ppo", parts, GPU, checkpointing=False) == (None if special else "pool")
@@ -69,7 +69,7 @@ def test_no_graphs_for_a_model_that_needs_more_than_a_mask(name, monkeypatch):
 
 @pytest.mark.parametrize("choice", ["auto", "off"])
 def test_graphs_need_one_process_and_no_checkpointing(choice, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr("rlhf.graphs.GraphPool", lambda: "pool")
     parts = [build("llama", "sdpa")]
     assert graph_pool(choice, "ppo", parts, GPU, checkpointing=False) == ("pool" if choice == "auto" else None)
     assert graph_pool(choice, "ppo", parts, GPU, checkpointing=True) is None
