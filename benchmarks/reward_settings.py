@@ -4,6 +4,8 @@
     make convert RECIPE=smollm2
     python -m benchmarks.reward_settings --base bases/smollm2 --workdir settings --gpus 0 1
     python -m benchmarks.reward_settings --base bases/smollm2 --workdir settings --gpus 0 1 --minutes 9     # in pieces
+    python -m benchmarks.reward_settings --base bases/smollm2 --workdir settings \
+      trainer.per_device_train_batch_size=8 trainer.gradient_accumulation_steps=4         # a card with less memory
 
 Every setting is a call of `benchmarks.reward_cv` on one fold, alone on its GPU. What is finished is not run again, and
 with `--minutes` none begins that could not end in time (`--each`, and three times that for three models). The table
@@ -58,7 +60,7 @@ def command(args: argparse.Namespace, label: str) -> list[str]:
     more += ["--limit", str(args.limit)] if args.limit else []
     folders = ["--artifacts", str(args.artifacts), "--run", out_of(args, label).stem, "--out", str(out_of(args, label))]
     call = [sys.executable, "-m", "benchmarks.reward_cv", "--base", args.base, "--data", *args.data, *folders, *more]
-    return [*call, "--only", str(args.fold), "--device", args.device, *BASE, *SETTINGS[label]]
+    return [*call, "--only", str(args.fold), "--device", args.device, *BASE, *args.overrides, *SETTINGS[label]]
 
 
 def finished(args: argparse.Namespace, label: str) -> bool:
@@ -119,6 +121,7 @@ def run_all(args: argparse.Namespace) -> list[str]:
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of all settings, of the reward section, such as max_length=512")
     parser.add_argument("--base", required=True, help="folder of the model that the reward models start from")
     parser.add_argument("--workdir", type=Path, required=True, help="a file for each setting; kept, to go on from")
     parser.add_argument("--data", nargs="+", default=DATA, help="data recipes")

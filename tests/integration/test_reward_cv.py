@@ -186,11 +186,14 @@ def test_settings_run_one_at_a_time_on_each_gpu_and_what_is_finished_is_kept(tmp
 def test_each_setting_is_one_that_the_reward_section_or_reward_cv_knows(monkeypatch):
     args = SimpleNamespace(base="b", data=["d"], limit=None, fold=0, device="cpu")
     args.workdir, args.artifacts = Path("w"), Path("a")
+    args.overrides = ["max_length=77", "trainer.learning_rate=7e-5"]
     assert len({reward_settings.out_of(args, label) for label in reward_settings.SETTINGS}) == len(
         reward_settings.SETTINGS
     )
     for label in reward_settings.SETTINGS:
         monkeypatch.setattr(sys, "argv", reward_settings.command(args, label)[2:])
         parsed = reward_cv.parse()
-        assert reward_cv.recipe_of(parsed).reward.trainer["lr_scheduler_type"] == "cosine"
+        reward = reward_cv.recipe_of(parsed).reward
+        assert reward.trainer["lr_scheduler_type"] == "cosine" and reward.max_length == 77
+        assert reward.trainer["learning_rate"] == (5e-5 if label == "half the rate" else 7e-5)
         assert parsed.only == [0] and parsed.chat == (label != "plain text")
