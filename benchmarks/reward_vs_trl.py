@@ -184,6 +184,7 @@ def run(side: str, args: argparse.Namespace, start: Any, tokenizer: Any, pairs: 
         "padding": 1 - sum(counted.real) / sum(counted.padded),
         "operations_per_second": operations(model, pairs["train"]) * tokens / sum(counted.real) / seconds,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if args.device == "cuda" else None,
         "accuracy": accuracy(model, pairs["test"], tokenizer.pad_token_id),
         "steps": trainer.state.global_step,
     }

@@ -153,7 +153,7 @@ def main(
         if (reason := out_of_memory(error)) is None:
             raise
         where = f"{stage}, process {os.environ['RANK']}" if "RANK" in os.environ else stage
-        return fail(f"{where}: out of memory ({reason}): {less_at_a_time(stage)}", everywhere=True)
+        return fail(f"{where}: out of memory ({reason}): {less_at_a_time(stage)}{less_waste(reason)}", everywhere=True)
     finally:
         leave_group()
     return 0
@@ -181,6 +181,14 @@ def less_at_a_time(stage: str) -> str:
         )
         return f"halve {size} and double {steps} (the same steps); {ALSO}"
     return "let other programs end, or take a machine with more"
+
+
+def less_waste(reason: str) -> str:
+    """What a GPU's allocator can be told, unless it is: CUDA graphs and shapes that vary leave gaps."""
+    told = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+    if "CUDA" not in reason or "expandable_segments" in told:
+        return ""
+    return "; or set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True and run it again (up to a third less)"
 
 
 def leave_group() -> None:

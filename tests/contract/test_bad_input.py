@@ -630,7 +630,12 @@ CASES = [
     *(
         Case(
             f"memory full in {stage}",
-            (f"{stage}: out of memory", "11.50 MiB is free)", f"halve {stage}.trainer.per_device", "--dry-run"),
+            (
+                f"{stage}: out of memory",
+                "11.50 MiB is free)",
+                f"halve {stage}.trainer.per_device",
+                "expandable_segments",
+            ),
             stage=stage,
             prepare=memory_full("transformers.Trainer.training_step", torch.OutOfMemoryError, GPU_FULL),
         )
