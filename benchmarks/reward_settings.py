@@ -9,7 +9,8 @@
 
 Every setting is a call of `benchmarks.reward_cv` on one fold, alone on its GPU. What is finished is not run again, and
 with `--minutes` none begins that could not end in time (`--each`, and three times that for three models). The table
-compares each with the first, pair by pair; `--publish` writes it into docs/results.md once all are finished.
+compares each with the first, pair by pair; `--publish` writes it into docs/results.md once all are finished. Overrides
+are for all settings, but for what a setting changes.
 """
 
 from __future__ import annotations
@@ -138,7 +139,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--publish", action="store_true", help="write the table into docs/results.md, if none is missing"
     )
-    return parser.parse_args()
+    args = parser.parse_intermixed_args()
+    if args.publish and args.overrides:
+        parser.error("--publish names the settings of the five folds: with others, publish with reward_cv --compare")
+    return args
 
 
 def main() -> None:

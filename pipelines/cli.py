@@ -184,11 +184,11 @@ def less_at_a_time(stage: str) -> str:
 
 
 def less_waste(reason: str) -> str:
-    """What a GPU's allocator can be told, unless it is: CUDA graphs and shapes that vary leave gaps."""
+    """What a GPU's allocator can be told, unless it is."""
     told = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
     if "CUDA" not in reason or "expandable_segments" in told:
         return ""
-    return "; or set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True and run it again (up to a third less)"
+    return "; or have expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF, which leaves less memory unused"
 
 
 def leave_group() -> None:

@@ -34,10 +34,10 @@ _recorded: Counter = Counter()
 
 
 class GraphPool:
-    """Memory of CUDA graphs that never run at the same time and end together, and of the same calls without a graph.
+    """Memory of CUDA graphs that never run at the same time and end together, and of the calls before their recording.
 
-    What one of them needs while it runs, the next may use. Without that the calls before a recording would keep as much
-    memory for themselves as the graphs.
+    What one of them needs while it runs, the next may use. Without that the calls would keep as much memory for
+    themselves as the graphs. (Of a call all but the backward's own: autograd has a thread, and a pool is of one.)
     """
 
     def __init__(self) -> None:
@@ -57,9 +57,12 @@ class GraphPool:
         """Allocate here what the block allocates, also what it keeps: replays of graphs write over that."""
         others = torch.cuda.current_stream()
         self.stream.wait_stream(others)
-        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.memory):
-            yield
-        others.wait_stream(self.stream)
+        torch.cuda.empty_cache()  # meanwhile the allocator gives nothing back that others have left
+        try:
+            with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.memory):
+                yield
+        finally:
+            others.wait_stream(self.stream)
 
 
 # Above it the GPU takes longer than the host, and the memory that graphs hold on to is better used. With LoRA each
@@ -153,7 +156,9 @@ class Graphed:
         with explicit_masks():
             if key not in self.graphs:
                 self.seen[key] += 1
-                if self.seen[key] <= EAGER_CALLS or len(self.graphs) >= MAX_GRAPHS:
+                if len(self.graphs) >= MAX_GRAPHS:
+                    return self.function(*tensors, **static)
+                if self.seen[key] <= EAGER_CALLS:
                     return self._call(self.pool, tensors, static)
                 self.graphs[key] = self._record(self.pool, tensors, static)
         graph, inputs, outputs = self.graphs[key]

@@ -175,6 +175,8 @@ def memory_full(where: str, error: type[BaseException], text: str) -> Callable[[
             raise error(text)
 
         monkeypatch.setattr(where, fail)
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # of this shell: it may be told already
+            monkeypatch.delenv(name, raising=False)
 
     return spoil
 
@@ -634,7 +636,8 @@ CASES = [
                 f"{stage}: out of memory",
                 "11.50 MiB is free)",
                 f"halve {stage}.trainer.per_device",
-                "expandable_segments",
+                "--dry-run",
+                "expandable",
             ),
             stage=stage,
             prepare=memory_full("transformers.Trainer.training_step", torch.OutOfMemoryError, GPU_FULL),

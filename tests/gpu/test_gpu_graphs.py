@@ -106,6 +106,7 @@ def test_calls_without_a_graph_use_the_memory_of_the_graphs():
     function(batches[0])
     alone = torch.cuda.memory_reserved() - before
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     graphed, kept = Graphed(function, GraphPool()), []
     for _ in range(3):  # of each shape the first is called, the second recorded, the rest are replayed
         for number, rows in enumerate(batches):
@@ -114,4 +115,4 @@ def test_calls_without_a_graph_use_the_memory_of_the_graphs():
     assert len(graphed.graphs) == len(batches)
     for number, outputs in kept:
         assert_close(torch.cat([part.flatten() for part in outputs]), wanted[number][:65], atol=1e-6)
-    assert torch.cuda.memory_reserved() - before < 1.5 * alone
+    assert torch.cuda.max_memory_reserved() - before < 1.7 * alone  # apart, a graph and a call of the next shape: 1.9

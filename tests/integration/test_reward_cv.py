@@ -159,8 +159,10 @@ def test_settings_run_one_at_a_time_on_each_gpu_and_what_is_finished_is_kept(tmp
     monkeypatch.setattr(reward_settings, "publish_settings", published.append)
     three = ["--only", "as in the five folds", "plain text", "robust", "--publish"]
     with pytest.raises(SystemExit, match=r"not finished: as in the five folds, plain text, robust$"):
-        main(*three, "--minutes", "3")  # less than one is taken to need
-    assert not calls
+        main(*three[:-1], "--minutes", "3", "max_length=9")  # less than one is taken to need
+    with pytest.raises(SystemExit, match="2"):
+        main(*three, "max_length=9")
+    assert not calls and "publish with reward_cv --compare" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"not finished: robust \(failed: robust\)"):
         main(*three)
     assert sorted(label for label, _ in calls) == ["as_in_the_five_folds", "plain_text", "robust"] and used == {

@@ -86,7 +86,7 @@ def test_graphs_need_one_process_and_no_checkpointing(choice, monkeypatch):
         (
             "CUDA out of memory. Tried to allocate 2 GiB",
             {},
-            "; or set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+            "; or have expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF",
         ),
         ("CUDA out of memory.", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}, ""),
         ("CUDA out of memory.", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, ""),
