@@ -32,6 +32,10 @@ EAGER_CALLS = 1  # with the same shapes, before they are recorded: kernels are c
 MAX_GRAPHS = 128  # each keeps a little memory; activations share one pool
 _recorded: Counter = Counter()
 
+# Above it the GPU takes longer than the host, and the memory that graphs hold on to is better used. With LoRA each
+# product is five small ones, and activations are few.
+PARAMETERS, PARAMETERS_LORA = 500_000_000, 2_000_000_000
+
 
 class GraphPool:
     """Memory of CUDA graphs that never run at the same time and end together, and of the calls before their recording.
@@ -63,11 +67,6 @@ class GraphPool:
                 yield
         finally:
             others.wait_stream(self.stream)
-
-
-# Above it the GPU takes longer than the host, and the memory that graphs hold on to is better used. With LoRA each
-# product is five small ones, and activations are few.
-PARAMETERS, PARAMETERS_LORA = 500_000_000, 2_000_000_000
 
 
 def graph_pool(

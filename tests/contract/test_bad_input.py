@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.cli import main
+from pipelines.cli import less_waste, main
 from rlhf.artifacts import Artifact
 from rlhf.models import tokenizer_identity
 from rlhf.stage import StageContext, fingerprint, load_inputs
@@ -721,6 +721,26 @@ def check_line(stderr: str, says: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
 def test_bad_input(case, here, monkeypatch, capsys):
     run(case, here, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("reason", "told", "more"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2 GiB",
+            {},
+            "; or have expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF",
+        ),
+        ("CUDA out of memory.", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}, ""),
+        ("CUDA out of memory.", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, ""),
+        ("DefaultCPUAllocator: can't allocate memory", {}, ""),
+    ],
+)
+def test_a_full_gpu_is_told_of_the_setting_that_wastes_less_unless_it_has_it(monkeypatch, reason, told, more):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, told.get(name, ""))
+    said = less_waste(reason)
+    assert said.startswith(more) and bool(said) == bool(more)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

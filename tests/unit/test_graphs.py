@@ -7,7 +7,6 @@ import torch
 from accelerate import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from pipelines.cli import less_waste
 from rlhf.errors import UserError
 from rlhf.graphs import graph_pool
 from rlhf.models import explicit_masks, response_logprobs, special_attention
@@ -78,23 +77,3 @@ def test_graphs_need_one_process_and_no_checkpointing(choice, monkeypatch):
     assert graph_pool(choice, "ppo", parts, many, checkpointing=False) is None
     with pytest.raises(UserError, match="on needs one process on a GPU and no gradient_checkpointing"):
         graph_pool("on", "ppo", parts, many, checkpointing=False)
-
-
-@pytest.mark.parametrize(
-    ("reason", "told", "more"),
-    [
-        (
-            "CUDA out of memory. Tried to allocate 2 GiB",
-            {},
-            "; or have expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF",
-        ),
-        ("CUDA out of memory.", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"}, ""),
-        ("CUDA out of memory.", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, ""),
-        ("DefaultCPUAllocator: can't allocate memory", {}, ""),
-    ],
-)
-def test_a_full_gpu_is_told_of_the_setting_that_wastes_less_unless_it_has_it(monkeypatch, reason, told, more):
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.setenv(name, told.get(name, ""))
-    said = less_waste(reason)
-    assert said.startswith(more) and bool(said) == bool(more)
